@@ -1,0 +1,28 @@
+"""A recipe's typed function goes in; its command line comes out. Importing this costs no torch."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from finetune.errors import FinetuneError
+
+
+def cli(main: Callable[..., Any]) -> None:
+    """Run `main` with the options of the command line: names, types, defaults and help come from its signature and
+    docstring.
+
+    An error meant for the user is printed in one line, by the first process alone, and ends with status 2; Ctrl-C
+    with 130.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        tyro.cli(main, console_outputs=first, config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.FlagConversionOff))
+    except FinetuneError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

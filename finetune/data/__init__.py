@@ -1,0 +1,1 @@
+"""From a source of examples to checked splits, a task and batches."""

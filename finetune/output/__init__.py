@@ -1,0 +1,1 @@
+"""From trained weights to a plain checkpoint, predictions and a report."""

@@ -1,0 +1,1 @@
+"""From layer groups and settings to stages, rates and momentum at any step."""

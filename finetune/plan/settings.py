@@ -1,0 +1,216 @@
+"""Size of the data, task and backbone go in; every dial with its value, its reason and who set it comes out.
+
+The fixed defaults stand in one table, `DEFAULTS`, each with its source. None means that the toolkit decides; a value
+that the user gives always wins and is marked as theirs.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from finetune.errors import PlanError
+from finetune.plan.onecycle import OneCycle
+from finetune.plan.stages import Plan, Unfreezing, gradual_unfreezing
+
+# name: {modality: (value, source)}. The rates are for AdamW.
+DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
+    "lr": {
+        "image": (1e-3, "fastai fine_tune: 2e-3, halved once the body opens"),
+        "text": (2e-4, "BERT's 2e-5 to 5e-5 for the body (Devlin et al. 2019), ten times that for the head"),
+    },
+    "span": {
+        "image": (10.0, "published spans from head to stem run from 10 to 200 (ULMFiT 18, fastai 100, BEiT 176)"),
+        "text": (10.0, "published spans from head to stem run from 10 to 200 (ULMFiT 18, ELECTRA 12 to 24)"),
+    },
+    "head_lr": {
+        "image": (5e-3, "a new linear layer on frozen features bears ten times the body's rate (SetFit: 1e-2)"),
+        "text": (5e-3, "a new linear layer on frozen features bears ten times the body's rate (SetFit: 1e-2)"),
+    },
+    "weight_decay": {
+        "image": (0.01, "fastai's AdamW; next to nothing in a short fine-tuning, where sum(lr) * decay < 0.05"),
+        "text": (0.01, "ELECTRA, Mosbach et al. 2021"),
+    },
+    "betas": {
+        "image": ((0.9, 0.99), "fastai's Adam; beta1 is cycled from 0.95 to 0.85 and back (Smith 2018)"),
+        "text": ((0.9, 0.99), "ULMFiT and fastai: a short memory for short runs; beta1 is cycled"),
+    },
+    "eps": {
+        "image": (1e-8, "AdamW as published, with bias correction (Zhang et al. 2021)"),
+        "text": (1e-8, "AdamW as published, with bias correction (Zhang et al. 2021)"),
+    },
+    "clip": {
+        "image": (1.0, "gradient norm, as transformers and AutoGluon do"),
+        "text": (1.0, "gradient norm, as transformers and AutoGluon do"),
+    },
+    "freeze_batchnorm": {
+        "image": (True, "statistics of the pretraining are kept: batches are small (BiT and detection practice)"),
+        "text": (True, "text encoders have none"),
+    },
+    "pct_start": {
+        "image": (0.3, "fastai fine_tune"),
+        "text": (0.1, "ULMFiT's slanted triangle and BERT's warm-up"),
+    },
+    "div_factor": {
+        "image": (25.0, "OneCycleLR and fastai"),
+        "text": (25.0, "OneCycleLR and fastai"),
+    },
+    "ema": {
+        "image": (True, "weights averaged over the end of the last stage, kept only where validation prefers them"),
+        "text": (True, "weights averaged over the end of the last stage, kept only where validation prefers them"),
+    },
+    "unfreezing": {
+        "image": ("head_then_all", "fastai fine_tune"),
+        "text": ("head_then_all", "ULMFiT's gain from one group at a time is within its noise (Table 7)"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every dial of a run.
+
+    Attributes:
+        lr: Peak learning rate of the head once the body is open.
+        span: `lr` over the stem's peak rate; groups between decay geometrically.
+        head_lr: Peak rate of the stage in which the head trains alone.
+        weight_decay: AdamW's, decoupled; none on norms, biases and what the model exempts.
+        betas: Adam's; the first is cycled against the rate by the plan's shape.
+        eps: Adam's epsilon.
+        batch_size: Examples an optimizer step, over all processes.
+        accumulation: Micro-batches that make up one optimizer step on each process.
+        epochs: Passes over the training rows, all stages together.
+        head_epochs: Of these, passes with the head alone.
+        clip: Largest gradient norm; 0 switches clipping off.
+        freeze_batchnorm: Keep the statistics of pretrained BatchNorm layers.
+        pct_start: Share of a stage spent climbing.
+        div_factor: Peak rate over first rate.
+        ema: Also try averaged weights at the end.
+        unfreezing: Named plan, see `gradual_unfreezing`.
+        precision: "fp32" or "bf16" (autocast).
+        reasons: Dial -> (reason, "user" | "measured" | "rule").
+    """
+
+    lr: float
+    span: float
+    head_lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    batch_size: int
+    accumulation: int
+    epochs: float
+    head_epochs: float
+    clip: float
+    freeze_batchnorm: bool
+    pct_start: float
+    div_factor: float
+    ema: bool
+    unfreezing: Unfreezing
+    precision: str
+    reasons: Mapping[str, tuple[str, str]]
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "head_lr", "eps", "epochs"):
+            if not getattr(self, name) > 0:
+                raise PlanError(f"{name}={getattr(self, name)}: must be above 0")
+        for name in ("batch_size", "accumulation"):
+            if getattr(self, name) < 1 or getattr(self, name) != int(getattr(self, name)):
+                raise PlanError(f"{name}={getattr(self, name)}: must be a whole number of at least 1")
+        for name in ("weight_decay", "clip", "head_epochs"):
+            if getattr(self, name) < 0:
+                raise PlanError(f"{name}={getattr(self, name)}: must not be below 0")
+        if self.span < 1:
+            raise PlanError(f"span={self.span}: the head's rate over the stem's must be at least 1")
+        if self.precision not in ("fp32", "bf16"):
+            raise PlanError(f"precision={self.precision!r}: must be 'fp32' or 'bf16'")
+        if self.accumulation > self.batch_size:
+            raise PlanError(
+                f"accumulation={self.accumulation}: more micro-batches than the {self.batch_size} examples of a step"
+            )
+
+    def default_plan(self, groups: int) -> Plan:
+        """The stages that these settings name, for `groups` layer groups."""
+        shape = OneCycle(pct_start=self.pct_start, div_factor=self.div_factor)
+        return gradual_unfreezing(
+            groups,
+            self.epochs,
+            style=self.unfreezing,
+            head_epochs=self.head_epochs,
+            shape=shape,
+            head_lr_scale=self.head_lr / self.lr,
+        )
+
+    def changed(self, reason: str, by: str = "measured", **values: Any) -> "Settings":
+        """A copy with some dials set anew and why."""
+        return replace(self, **values, reasons={**self.reasons, **{name: (reason, by) for name in values}})
+
+    def table(self) -> dict[str, dict[str, Any]]:
+        """{dial: {"value", "reason", "by"}}, for `run.json` and reports."""
+        return {
+            name: {"value": getattr(self, name), "reason": reason, "by": by}
+            for name, (reason, by) in self.reasons.items()
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                name,
+                f"{entry['value']:g}" if isinstance(entry["value"], float) else str(entry["value"]),
+                entry["by"],
+                entry["reason"],
+            )
+            for name, entry in self.table().items()
+        ]
+        return "\n".join(f"{name:<17} {value:<14} {by:<9} {reason}" for name, value, by, reason in rows)
+
+
+DIALS = tuple(field.name for field in fields(Settings) if field.name != "reasons")
+
+
+def choose_settings(
+    modality: str,
+    rows: int,
+    *,
+    precision: tuple[str, str] = ("fp32", "the processor's native precision"),
+    given: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Settings for `rows` training examples of a modality ("image", "text"); what is `given` (not None) is taken as
+    it is.
+
+    Raises:
+        PlanError: A dial that does not exist, or a value outside its range.
+    """
+    given = {name: value for name, value in (given or {}).items() if value is not None}
+    unknown = sorted(set(given) - set(DIALS))
+    if unknown:
+        raise PlanError(f"settings: no dial named {', '.join(unknown)}; there are {', '.join(DIALS)}")
+    chosen = {name: (*by_modality[modality], "rule") for name, by_modality in DEFAULTS.items()}
+    batch = _batch_size(rows)
+    epochs = _epochs(rows)
+    total = float(given.get("epochs", epochs))
+    chosen |= {
+        "batch_size": (batch, f"{rows} rows: about 16 steps an epoch or more, between 16 and 32", "rule"),
+        "accumulation": (1, "a step fits into memory at once", "rule"),
+        "epochs": (epochs, f"{rows} rows: 150 / sqrt(rows), between 3 and 10", "rule"),
+        "head_epochs": (
+            max(1.0, round(total / 4.0)) if total >= 2.0 else total / 2.0,
+            "a quarter of the epochs, the rest for all groups",
+            "rule",
+        ),
+        "precision": (*precision, "rule"),
+    }
+    chosen |= {name: (value, "given by the user", "user") for name, value in given.items()}
+    if "lr" in given and "head_lr" not in given:
+        ratio = DEFAULTS["head_lr"][modality][0] / DEFAULTS["lr"][modality][0]
+        chosen["head_lr"] = (given["lr"] * ratio, f"{ratio:g} times the given lr", "rule")
+    values = {name: chosen[name][0] for name in DIALS}
+    return Settings(**values, reasons={name: chosen[name][1:] for name in DIALS})
+
+
+def _batch_size(rows: int) -> int:
+    return 2 ** int(math.log2(min(32, max(16, rows / 16))))
+
+
+def _epochs(rows: int) -> float:
+    return float(min(10, max(3, round(150 / math.sqrt(max(1, rows))))))

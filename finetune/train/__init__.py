@@ -1,0 +1,1 @@
+"""From a plan to trained weights: the loop, the processes, the checkpoints."""

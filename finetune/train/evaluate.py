@@ -1,0 +1,111 @@
+"""A model and a data set go in; outputs and targets of every row, once each and in order, come out, with loss and
+scores."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from finetune.data.loaders import epoch_order, make_loader
+from finetune.data.task import Task, metrics, per_example_score, units
+from finetune.model.backbones import Pretrained
+from finetune.train.processes import Processes
+
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+Metrics = Callable[[Any, Any], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the model made of a data set.
+
+    Attributes:
+        outputs: Logits or values: array [N, C], for tags a list of [T_i, C]; for a head with several outputs a dict
+        of arrays. targets: Array [N] or [N, K]; for tags a list of [T_i].
+        loss: Mean of the training loss over the rows.
+        metrics: By name, the loss among them.
+        scores: One per row [N], higher is better; None where the outputs are a custom head's own.
+    """
+
+    outputs: Any
+    targets: Any
+    loss: float
+    metrics: dict[str, Any]
+    scores: np.ndarray | None
+
+
+def evaluate(
+    pretrained: Pretrained,
+    dataset: Dataset,
+    task: Task,
+    processes: Processes,
+    *,
+    loss: Loss,
+    batch_size: int,
+    lengths: Sequence[int] | None = None,
+    own_metrics: Metrics | None = None,
+    **loader: Any,
+) -> Evaluation:
+    """Evaluate every row once, spread over the processes; the model is in eval mode for it."""
+    batches = epoch_order(len(dataset), batch_size, seed=0, epoch=None, lengths=lengths)[
+        processes.rank :: processes.count
+    ]
+    pretrained.model.eval()
+    rows: list[tuple[int, Any, np.ndarray]] = []
+    sums: list[tuple[float, int]] = []
+    with torch.no_grad():
+        for batch in make_loader(dataset, task, pretrained.processor, batches, train=False, **loader):
+            batch = batch.to(processes.device)
+            assert batch.targets is not None
+            with processes.autocast():
+                outputs = as_float(pretrained.forward(batch.inputs))
+            count = units(task, batch.targets)
+            sums.append((float(loss(outputs, batch.targets)) * count, count))
+            rows += _by_row(task, batch.index, outputs, batch.targets)
+    rows = sorted(processes.gather(rows), key=lambda row: row[0])
+    sums = processes.gather(sums)
+    mean_loss = sum(value for value, _ in sums) / max(1, sum(count for _, count in sums))
+    outputs, targets = _stack(task, [row[1] for row in rows]), _stack(task, [row[2] for row in rows])
+    if own_metrics is not None:
+        return Evaluation(outputs, targets, mean_loss, {**own_metrics(outputs, targets), "loss": mean_loss}, None)
+    if isinstance(outputs, dict):
+        return Evaluation(outputs, targets, mean_loss, {"loss": mean_loss}, None)
+    return Evaluation(
+        outputs,
+        targets,
+        mean_loss,
+        {**metrics(task, outputs, targets), "loss": mean_loss},
+        per_example_score(task, outputs, targets),
+    )
+
+
+def as_float(outputs: Any) -> Any:
+    """Outputs in fp32, whatever autocast computed in: losses and metrics need its range."""
+    if isinstance(outputs, dict):
+        return {name: tensor.float() for name, tensor in outputs.items()}
+    return outputs.float()
+
+
+def _by_row(task: Task, index: torch.Tensor, outputs: Any, targets: torch.Tensor) -> list[tuple[int, Any, np.ndarray]]:
+    targets_np = targets.cpu().numpy()
+    if isinstance(outputs, dict):
+        arrays = {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+        return [
+            (int(row), {name: array[i] for name, array in arrays.items()}, targets_np[i]) for i, row in enumerate(index)
+        ]
+    array = outputs.cpu().numpy()
+    if task.kind != "token_classification":
+        return [(int(row), array[i], targets_np[i]) for i, row in enumerate(index)]
+    # Only the first piece of each word carries a label; the rest and the padding say nothing.
+    return [
+        (int(row), array[i][targets_np[i] != -100], targets_np[i][targets_np[i] != -100]) for i, row in enumerate(index)
+    ]
+
+
+def _stack(task: Task, rows: list[Any]) -> Any:
+    if rows and isinstance(rows[0], dict):
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return rows if task.kind == "token_classification" else np.stack(rows)

@@ -1,0 +1,91 @@
+"""A run folder and what is asked of the run go in; a folder that may be written to comes out, or an error that says
+why not."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RunError
+
+RECORD = "run.json"
+
+
+def open_folder(folder: Path, identity: dict[str, Any], *, overwrite: bool = False) -> bool:
+    """Make `folder` ready for the run that `identity` describes; whether an unfinished run of just this kind is there
+    to go on.
+
+    Args:
+        folder: Created when missing.
+        identity: What makes two runs the same run: data fingerprint, backbone, settings, plan, seed. Plain data.
+        overwrite: Empty a folder that holds another run, or a finished one.
+
+    Raises:
+        RunError: The folder cannot be written to, holds something that is not a run, or a run that is finished or
+            another.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made ({error.strerror}); give another folder with --out") from None
+    if not os.access(folder, os.W_OK | os.X_OK) or not _writable(folder):
+        raise RunError(f"{folder}: cannot be written to; give another folder with --out, or mend its permissions")
+    content = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if not content:
+        return False
+    if not (folder / RECORD).is_file():
+        raise RunError(
+            f"{folder}: holds files that are not of a run ({content[0].name}); give another folder with --out"
+        )
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except ValueError:
+        record = {}
+    before = record.get("identity", {})
+    different = [
+        f"{key} {_short(before.get(key))} -> {_short(value)}"
+        for key, value in json.loads(json.dumps(identity)).items()
+        if before.get(key) != value
+    ]
+    if record.get("status") == "running" and not different:
+        return True
+    if not overwrite:
+        what = (
+            f"another run ({'; '.join(different[:4])})"
+            if different
+            else f"a run that is {record.get('status', 'damaged')}"
+        )
+        raise RunError(f"{folder}: holds {what}; give another folder with --out, or replace it with --overwrite")
+    for path in content:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return False
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The content of `run.json`."""
+    return json.loads((folder / RECORD).read_text())
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write `run.json` beside its place and rename it: a reader never sees half of one."""
+    beside = folder / f".{RECORD}"
+    beside.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    beside.rename(folder / RECORD)
+
+
+def _writable(folder: Path) -> bool:
+    # A file system that is mounted read-only, or a full one, shows itself only in the attempt; so does any folder to
+    # root.
+    probe = folder / ".write_test"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

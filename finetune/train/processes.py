@@ -1,0 +1,129 @@
+"""One or many processes go in; a device, a wrapped model and gathered results come out. All of accelerate that is
+used is here."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+
+from finetune.errors import FinetuneError, RunError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of this run, as one of them sees them."""
+
+    accelerator: Accelerator
+    precision: str = "fp32"
+
+    def autocast(self) -> torch.autocast:
+        """Context of a forward pass: bf16 where that is the precision. bf16 has the range of fp32 and needs no
+        scaler."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self.accelerator.process_index
+
+    @property
+    def count(self) -> int:
+        """Processes in all."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model ready for backward passes with the parameters that are trainable now.
+
+        Wrapped anew at every stage: a parameter that is unfrozen after the wrap would never be averaged between
+        processes.
+        """
+        if self.count == 1:
+            return model
+        bare = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        self.accelerator._models.clear()
+        return self.accelerator.prepare_model(bare)
+
+    def sync_gradients(self, model: nn.Module, now: bool) -> AbstractContextManager[None]:
+        """For a backward pass: whether processes average their gradients in it, or leave that to a later
+        micro-batch."""
+        return nullcontext() if now or self.count == 1 else self.accelerator.no_sync(model)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, in order of their rank, on every process."""
+        return gather_object(items) if self.count > 1 else items
+
+    def total(self, value: float) -> float:
+        """Sum of a number over the processes."""
+        if self.count == 1:
+            return value
+        return float(self.accelerator.reduce(torch.tensor(float(value), device=self.device), reduction="sum"))
+
+    def first(self, action: Callable[[], Any]) -> Any:
+        """Do something on the main process alone; its result on every process, or its error raised on every one."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except FinetuneError as error:
+                outcome[1] = error
+        if self.count > 1:
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def wait(self) -> None:
+        """Return once every process is here."""
+        self.accelerator.wait_for_everyone()
+
+
+def start_processes(precision: str) -> Processes:
+    """Join the processes that `accelerate launch` or torchrun started; without them, this one alone.
+
+    Args:
+        precision: "fp32" or "bf16" (autocast).
+
+    Raises:
+        RunError: The launcher asked for several processes, and this one was not joined to them.
+    """
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # Autocast is ours: accelerate fixes the precision of its first Accelerator for the life of the process.
+    accelerator = Accelerator(cpu=cpu)
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != accelerator.num_processes:
+        raise RunError(
+            f"WORLD_SIZE={asked}: the launcher started {asked} processes, and each would train alone; "
+            f"start them with `ACCELERATE_USE_CPU=true "
+            f"accelerate launch --multi_gpu --num_processes {asked}` or torchrun"
+        )
+    return Processes(accelerator, precision)
+
+
+def native_precision() -> tuple[str, str]:
+    """("bf16" | "fp32", reason): the precision that this machine computes in natively."""
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", f"{torch.cuda.get_device_name()} computes in bf16"
+        return "fp32", f"{torch.cuda.get_device_name()} has no bf16"
+    if torch.backends.mps.is_available():
+        return "fp32", "bf16 is not used on this device"
+    # oneDNN emulates bf16 where the processor lacks the instructions, and is then slower than fp32.
+    if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+        return "bf16", "the processor has bf16 instructions"
+    return "fp32", "the processor has no bf16 instructions"

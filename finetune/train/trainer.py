@@ -1,0 +1,399 @@
+"""Model, data, layer groups, plan and settings go in; trained weights, history and the log of every step come out."""
+
+import itertools
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.optim.swa_utils import AveragedModel
+
+from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
+from finetune.data.splits import Splits
+from finetune.data.task import units
+from finetune.model.backbones import Pretrained
+from finetune.model.groups import LayerGroups, set_mode, set_trainable
+from finetune.plan.rates import param_groups
+from finetune.plan.settings import Settings
+from finetune.plan.stages import Point, ResolvedPlan
+from finetune.train import checkpoint
+from finetune.train.evaluate import Evaluation, Loss, Metrics, as_float, evaluate
+from finetune.train.processes import Processes
+from finetune.train.selection import averaged_weights, averages_at, candidate, clearly_better, new_average, standing
+
+FLUSH_STEPS = 20  # On a GPU, losses are read back this seldom: reading one waits for the device.
+CHECKPOINT_SECONDS = 60.0
+
+
+class Diverged(Exception):
+    """The loss left the region where training makes sense; holds the plain sentence that says so."""
+
+
+@dataclass
+class Progress:
+    """Where training stands: all that a checkpoint holds besides weights, optimizer and random numbers."""
+
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    stage_seconds: list[float] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    first_loss: float | None = None
+    smooth_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training left: `kept` says which weights the model now holds ("last", "average", or "epoch N"), `status` is
+    "finished" or "diverged", `why` the sentence to show for it."""
+
+    history: list[dict[str, Any]]
+    stage_seconds: list[float]
+    valid: Evaluation
+    kept: str
+    status: str
+    why: str
+    evaluate_seconds: float
+
+
+class Trainer:
+    """One run of a plan. Everything it does is reached from `run`, from top to bottom of this class."""
+
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        splits: Splits,
+        groups: LayerGroups,
+        plan: ResolvedPlan,
+        settings: Settings,
+        *,
+        folder: Path,
+        loss: Loss,
+        processes: Processes,
+        seed: int = 0,
+        own_metrics: Metrics | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.pretrained, self.splits, self.groups, self.plan, self.settings = pretrained, splits, groups, plan, settings
+        self.folder, self.loss, self.processes, self.seed, self.own_metrics, self.say = (
+            folder,
+            loss,
+            processes,
+            seed,
+            own_metrics,
+            say,
+        )
+        self.model = pretrained.model.to(processes.device)
+        self.wrapped: torch.nn.Module = self.model
+        self.optimizer = torch.optim.AdamW(
+            param_groups(self.model, groups, plan.stages[-1].rates, settings.weight_decay),
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+        self.average: AveragedModel | None = None
+        self.progress = Progress()
+        self.best_weights: checkpoint.Weights | None = None
+        self.last_valid: Evaluation | None = None
+        self.lengths = {"train": self.lengths_of(splits.train), "valid": self.lengths_of(splits.valid)}
+        self.evaluate_seconds = 0.0
+        self.pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
+        self.log: Any = None
+
+    def run(self) -> Outcome:
+        """Train through every stage of the plan, from a checkpoint if the folder holds one, and keep the best
+        weights."""
+        torch.manual_seed(self.seed + 1 + self.processes.rank)
+        self.resume()
+        self.saved_at = time.monotonic()
+        status, why = "finished", ""
+        self.log = (self.folder / "steps.jsonl").open("a") if self.processes.is_main else None
+        try:
+            for index in range(
+                self.plan.at(self.progress.step).stage
+                if self.progress.step < self.plan.steps
+                else len(self.plan.stages),
+                len(self.plan.stages),
+            ):
+                self.run_stage(index)
+        except Diverged as error:
+            status, why = "diverged", str(error)
+        finally:
+            if self.log is not None:
+                self.log.close()
+        valid, kept = self.keep_best(diverged=status == "diverged")
+        return Outcome(
+            self.progress.history, self.progress.stage_seconds, valid, kept, status, why, self.evaluate_seconds
+        )
+
+    def lengths_of(self, dataset: Dataset) -> list[int] | None:
+        """Tokens of each row, by which batches of text are put together."""
+        task = self.splits.task
+        return text_lengths(dataset, task, cast(Any, self.pretrained.processor)) if task.modality == "text" else None
+
+    def drop_checkpoints(self) -> None:
+        """Delete what only an unfinished run needs."""
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def run_stage(self, index: int) -> None:
+        stage, first = self.plan.stages[index], self.plan.start(index)
+        begin = time.monotonic() - (
+            self.progress.stage_seconds[index] if len(self.progress.stage_seconds) > index else 0.0
+        )
+        set_trainable(self.model, self.groups, stage.open_from)
+        self.wrapped = self.processes.wrap(self.wrapped)
+        steps_per_epoch = self.plan.steps_per_epoch
+        while self.progress.step < first + stage.steps:
+            epoch, offset = divmod(self.progress.step - first, steps_per_epoch)
+            last = min(steps_per_epoch, stage.steps - epoch * steps_per_epoch)
+            set_mode(self.model, self.groups, stage.open_from, self.settings.freeze_batchnorm)
+            losses = []
+            for micro_batches in itertools.islice(self.steps_of_epoch(index, epoch, offset), last - offset):
+                point = self.plan.at(self.progress.step)
+                losses.append(self.step(micro_batches, point))
+                self.update_average(index)
+                self.progress.step += 1
+            self.flush()
+            self.progress.stage_seconds[index:] = [time.monotonic() - begin]
+            self.end_epoch(
+                index, epoch + 1, math.ceil(stage.steps / steps_per_epoch), float(torch.stack(losses).mean())
+            )
+            self.progress.stage_seconds[index:] = [time.monotonic() - begin]
+
+    def steps_of_epoch(self, stage: int, epoch: int, offset: int) -> Iterator[list[Batch]]:
+        """This process's micro-batches of each step from `offset` on; a pure function of seed, stage and epoch."""
+        number = (
+            sum(math.ceil(planned.steps / self.plan.steps_per_epoch) for planned in self.plan.stages[:stage]) + epoch
+        )
+        order = epoch_order(
+            len(self.splits.train),
+            self.settings.batch_size,
+            seed=self.seed,
+            epoch=number,
+            lengths=self.lengths["train"],
+        )
+        order = _without_remainder(order, self.settings.batch_size)
+        parts = self.processes.count * self.settings.accumulation
+        mine = slice(
+            self.processes.rank * self.settings.accumulation, (self.processes.rank + 1) * self.settings.accumulation
+        )
+        shares = [part for rows in order[offset:] for part in _split(rows, parts)[mine]]
+        loader = iter(
+            make_loader(
+                self.splits.train,
+                self.splits.task,
+                self.pretrained.processor,
+                shares,
+                train=True,
+                seed=self.seed,
+                epoch=number,
+            )
+        )
+        while micro_batches := list(itertools.islice(loader, self.settings.accumulation)):
+            yield micro_batches
+
+    def step(self, micro_batches: list[Batch], point: Point) -> torch.Tensor:
+        """One optimizer step. The loss is the mean over all examples (or tags) of the step, whatever the split into
+        micro-batches."""
+        begin = time.monotonic()
+        for group in self.optimizer.param_groups:
+            group["lr"] = point.rates[group["layer_group"]]
+            if point.momentum is not None:
+                group["betas"] = (point.momentum, group["betas"][1])
+        counts = [units(self.splits.task, cast(torch.Tensor, batch.targets)) for batch in micro_batches]
+        total = self.processes.total(sum(counts))
+        loss = torch.zeros((), device=self.processes.device)
+        for number, (batch, count) in enumerate(zip(micro_batches, counts, strict=True), start=1):
+            batch = batch.to(self.processes.device)
+            with self.processes.sync_gradients(self.wrapped, number == len(micro_batches)):
+                with self.processes.autocast():
+                    outputs = as_float(self.pretrained.forward(batch.inputs, model=self.wrapped))
+                part = self.loss(outputs, cast(torch.Tensor, batch.targets)) * (count / total)
+                # Gradients are averaged over the processes, and the loss is a sum over them.
+                self.processes.accelerator.backward(part * self.processes.count)
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in self.model.parameters() if p.grad is not None],
+            self.settings.clip if self.settings.clip > 0 else math.inf,
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.processes.count > 1:
+            loss = self.processes.accelerator.reduce(loss, reduction="sum")
+        record = {
+            "step": self.progress.step,
+            "stage": point.stage,
+            "rates": point.rates,
+            "momentum": point.momentum,
+            "seconds": time.monotonic() - begin,
+        }
+        self.pending.append((record, loss, norm))
+        if self.processes.device.type == "cpu" or len(self.pending) >= FLUSH_STEPS:
+            self.flush()
+        return loss
+
+    def flush(self) -> None:
+        """Read back and log the losses of the last steps.
+
+        Raises:
+            Diverged: A loss that is not a number, or one far above where training began.
+        """
+        pending, self.pending = self.pending, []
+        for record, loss_tensor, norm in pending:
+            loss, progress = float(loss_tensor), self.progress
+            if self.log is not None:
+                self.log.write(
+                    json.dumps(
+                        {
+                            "step": record["step"],
+                            "stage": record["stage"],
+                            "loss": loss if math.isfinite(loss) else None,
+                            "rates": [float(f"{rate:.6g}") for rate in record["rates"]],
+                            "momentum": record["momentum"],
+                            "grad_norm": float(norm) if math.isfinite(float(norm)) else None,
+                            "seconds": round(record["seconds"], 4),
+                        }
+                    )
+                    + "\n"
+                )
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"step {record['step']}: the loss is {loss}; try a lower rate (lr={self.settings.lr / 3:.1g})"
+                )
+            progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+            progress.smooth_loss = loss if progress.smooth_loss is None else 0.9 * progress.smooth_loss + 0.1 * loss
+            if progress.smooth_loss > 4.0 * max(progress.first_loss, 0.1):
+                raise Diverged(
+                    f"step {record['step']}: the loss rose from {progress.first_loss:.3g} to "
+                    f"{progress.smooth_loss:.3g}; "
+                    f"try a lower rate (lr={self.settings.lr / 3:.1g})"
+                )
+        if self.log is not None:
+            self.log.flush()
+
+    def update_average(self, stage: int) -> None:
+        """Take the weights into their average, now and then over the end of the last stage."""
+        step = self.progress.step - self.plan.start(stage)
+        last = stage == len(self.plan.stages) - 1
+        if self.settings.ema and last and averages_at(step, self.plan.stages[stage].steps):
+            self.average = self.average if self.average is not None else new_average(self.model)
+            self.average.update_parameters(self.model)
+
+    def end_epoch(self, stage: int, epoch: int, epochs: int, train_loss: float) -> None:
+        """Validate, remember the weights if they are the best so far, and write a checkpoint if the last is old."""
+        valid = self.last_valid = self.evaluate()
+        shown = {name: value for name, value in valid.metrics.items() if isinstance(value, int | float)}
+        number, name = len(self.progress.history) + 1, self.plan.stages[stage].name
+        self.progress.history.append(
+            {"epoch": number, "step": self.progress.step, "stage": name, "train_loss": train_loss, "valid": shown}
+        )
+        best = self.progress.best
+        if math.isfinite(valid.loss) and (best is None or list(standing(valid)) > best["standing"]):
+            self.progress.best = candidate(valid, number)
+            self.best_weights = checkpoint.snapshot(self.model)
+        seconds = self.progress.stage_seconds[stage]
+        figures = "  ".join(f"{metric} {value:.4g}" for metric, value in shown.items() if metric != "loss")
+        self.say(
+            f"{name:<9} {epoch}/{epochs}   loss {train_loss:.3f}  valid {valid.loss:.3f}  {figures}   "
+            f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        )
+        if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            self.save_checkpoint()
+
+    def evaluate(self) -> Evaluation:
+        begin = time.monotonic()
+        result = evaluate(
+            self.pretrained,
+            self.splits.valid,
+            self.splits.task,
+            self.processes,
+            loss=self.loss,
+            batch_size=4 * self.settings.batch_size,
+            lengths=self.lengths["valid"],
+            own_metrics=self.own_metrics,
+        )
+        self.evaluate_seconds += time.monotonic() - begin
+        return result
+
+    def keep_best(self, *, diverged: bool) -> tuple[Evaluation, str]:
+        """Leave the best weights in the model; their evaluation, and which they are ("last", "average", "epoch N")."""
+        best = self.progress.best
+        if diverged:
+            if self.best_weights is not None:
+                checkpoint.restore(self.model, self.best_weights)
+            return self.evaluate(), f"epoch {best['epoch']}" if best else "none"
+        valid, kept = self.last_valid or self.evaluate(), "last"
+        if self.average is not None:
+            last = checkpoint.snapshot(self.model)
+            self.model.load_state_dict(averaged_weights(self.average))
+            averaged = self.evaluate()
+            if standing(averaged) > standing(valid):
+                valid, kept = averaged, "average"
+            else:
+                checkpoint.restore(self.model, last)
+        if best is not None and self.best_weights is not None and clearly_better(best, valid):
+            checkpoint.restore(self.model, self.best_weights)
+            valid, kept = self.evaluate(), f"epoch {best['epoch']}"
+        return valid, kept
+
+    def save_checkpoint(self) -> None:
+        rng = [
+            torch.tensor(state, dtype=torch.uint8) for state in self.processes.gather([torch.get_rng_state().tolist()])
+        ]
+        if self.processes.is_main:
+            weights = {"model": checkpoint.snapshot(self.model)}
+            if self.best_weights is not None:
+                weights["best"] = self.best_weights
+            if self.average is not None:
+                weights["average"] = checkpoint.snapshot(self.average)
+            checkpoint.save(
+                self.folder / "checkpoints",
+                self.progress.step,
+                weights=weights,
+                optimizer=self.optimizer.state_dict(),
+                progress=vars(self.progress),
+                rng=rng,
+            )
+        self.processes.wait()
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint of the folder; lines of `steps.jsonl` beyond it are dropped."""
+        path, log = checkpoint.newest(self.folder / "checkpoints"), self.folder / "steps.jsonl"
+        if path is not None:
+            weights, optimizer, rng, progress = checkpoint.load(path)
+            checkpoint.restore(self.model, weights["model"])
+            self.best_weights = weights.get("best")
+            if "average" in weights:
+                self.average = new_average(self.model)
+                self.average.load_state_dict(weights["average"])
+            self.optimizer.load_state_dict(optimizer)
+            torch.set_rng_state(rng[self.processes.rank])
+            self.progress = Progress(**progress)
+            self.say(f"Resumed   from step {self.progress.step} of {self.plan.steps}")
+        if self.processes.is_main:
+            lines = log.read_text().splitlines(keepends=True)[: self.progress.step] if log.exists() else []
+            log.write_text("".join(lines))
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Optimizer steps of one epoch."""
+    whole, rest = divmod(rows, batch_size)
+    return max(1, whole + (2 * rest >= batch_size))
+
+
+def _without_remainder(order: list[list[int]], batch_size: int) -> list[list[int]]:
+    """The epoch's batches without one of less than half the size: a full step on a few examples is mostly noise, and
+    batch statistics of one example do not exist. Which rows are left out changes with the epoch."""
+    return [rows for rows in order if 2 * len(rows) >= batch_size] or order
+
+
+def _split(rows: list[int], parts: int) -> list[list[int]]:
+    """Near-equal contiguous parts, as many as asked for."""
+    return [part.tolist() for part in np.array_split(np.asarray(rows), parts)]
