@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from finetune.errors import DataError
 from finetune.model.backbones import Pretrained, load_backbone
 from finetune.model.groups import LayerGroups, layer_groups
 from finetune.model.heads import Head
+from finetune.model.outputs import scale_outputs, scaled_loss, target_scale
 from finetune.output.export import save_pretrained
 from finetune.output.record import describe_run, identity_of, starting_record, test_predictions, versions
 from finetune.plan.probes import epochs_in, seconds_per_step
@@ -78,8 +80,7 @@ def fit(
     """
     started = time.monotonic()
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, **(settings or {})}
-    precision, precision_reason = native_precision()
-    processes = start_processes(given.get("precision") or precision)
+    processes = start_processes()
     say = print if processes.is_main else _silent
 
     splits = data if isinstance(data, Splits) else load_dataset(data, seed=seed)
@@ -109,9 +110,14 @@ def fit(
     say(f"Backbone  {name}, {weights / 1e6:.3g} M parameters, {len(groups)} layer groups")
 
     loss_function = loss if loss is not None else default_loss(splits.task)
+    unscale = None
+    if loss is None and splits.task.kind == "regression":
+        mean_K, std_K = target_scale(splits.train["target"][:])
+        loss_function, unscale = scaled_loss(std_K), scale_outputs(pretrained, mean_K, std_K)
     chosen = choose_settings(
-        splits.task.modality, len(splits.train), precision=(precision, precision_reason), given=given
+        splits.task.modality, len(splits.train), precision=native_precision(pretrained.model), given=given
     )
+    processes = replace(processes, precision=chosen.precision)
     setup_seconds = time.monotonic() - started
     if minutes is not None and plan is None:
         left = 60.0 * minutes - setup_seconds
@@ -166,6 +172,8 @@ def fit(
         )
     evaluate_seconds = outcome.evaluate_seconds + time.monotonic() - evaluating
     exporting = time.monotonic()
+    if unscale is not None:
+        unscale()
     if processes.is_main:
         save_pretrained(pretrained, splits.task, folder / "model")
         if splits.test is not None and test is not None:

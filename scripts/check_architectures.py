@@ -68,7 +68,7 @@ class Result:
     in_order: bool = False
     names: list[str] = field(default_factory=list)
     why: str = ""
-    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def main() -> int:
@@ -81,7 +81,7 @@ def main() -> int:
     logging.disable(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    started = time.time()
+    started = time.process_time()
     results = []
     for family, name, build in cases():
         if options.family in (None, family) and re.search(options.only, name):
@@ -95,7 +95,7 @@ def main() -> int:
         if not (result.built and result.in_order):
             print(line(result))
     if not (options.family or options.only):
-        write(results, share, time.time() - started)
+        write(results, share, time.process_time() - started)
     return 0 if share >= 0.95 else 1
 
 
@@ -115,7 +115,7 @@ def write(results: list[Result], share: float, seconds: float) -> None:
         "built": len(built),
         "in_order": sum(result.in_order for result in built),
         "share": round(share, 4),
-        "seconds": round(seconds),
+        "cpu_seconds": round(seconds),
         "failures": {f"{r.family}/{r.name}": r.why for r in built if not r.in_order},
         "not_built": {f"{r.family}/{r.name}": r.why for r in results if not r.built},
         "results": [asdict(result) for result in built],
@@ -146,7 +146,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Network]]]:
 
 def run(family: str, name: str, build: Callable[[], Network]) -> Result:
     """Build one network, divide it, check the division."""
-    started = time.time()
+    started = time.process_time()
     result = Result(family, name, "", built=False)
     torch.manual_seed(0)
     try:
@@ -165,7 +165,7 @@ def run(family: str, name: str, build: Callable[[], Network]) -> Result:
         result.in_order = not result.why
     except Exception as error:
         result.why = "layer_groups: " + reason(error)
-    result.seconds = round(time.time() - started, 2)
+    result.cpu_seconds = round(time.process_time() - started, 2)
     del network
     gc.collect()
     return result
@@ -251,7 +251,9 @@ def build_timm(module: str) -> Network:
     weights: dict[str, int] = {}
     for name in sorted(timm.list_models(module=module), key=guess)[:4]:
         try:
-            weights[name] = sum(p.numel() for p in on_meta(name, CLASSES).parameters())
+            model = on_meta(name, CLASSES)
+            if hasattr(model, "get_classifier"):  # a few are encoders only
+                weights[name] = sum(p.numel() for p in model.parameters())
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             weights[name] = 10**9  # builds on a real device only
     name = min(weights, key=lambda name: weights[name])
@@ -335,6 +337,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
+NO_CLASSIFIER = {
+    "shieldgemma2": "no classifier: asks a language model about an image and a written policy",
+}
+
+
 def shrink(config_class: type, special: dict[str, Any]) -> Any:
     """A small configuration of a class: its integer options made small by name, nested configurations too."""
     defaults = config_class()
@@ -367,6 +374,8 @@ def shrink(config_class: type, special: dict[str, Any]) -> Any:
 
 def build_transformers(model_type: str, class_name: str, task: str) -> Network:
     """A tiny classifier as loading leaves it: the base model is saved, the classifier loaded from it."""
+    if model_type in NO_CLASSIFIER:
+        raise ValueError(NO_CLASSIFIER[model_type])
     config_class = transformers.CONFIG_MAPPING[model_type]
     special = SPECIAL.get(model_type, {})
     config = shrink(config_class, special)

@@ -177,6 +177,8 @@ def layer_groups(
             f"{pretrained.name}: a forward pass on {', '.join(batch)} fails ({type(error).__name__}: {error}); "
             "pass a batch that fits as inputs="
         ) from error
+    if not seen.used:
+        raise PlanError(f"{pretrained.name}: a forward pass uses no parameter; give a network that computes with them")
     new = frozenset(pretrained.new_parameters)
     division = by_spec(list(parameters), spec) if spec is not None else by_execution(model, seen, new)
     groups = _assemble(model, seen, new, division, ordered=spec is None)

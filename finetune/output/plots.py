@@ -29,7 +29,7 @@ COLOURS = {
 POINTS = 400  # of a curve: more cannot be seen, and would weigh on the page
 NAMED = 100  # classes up to which a confusion matrix names them
 COUNTED = 25  # classes up to which it shows the counts
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": COLOURS["line"],
     "axes.grid": True,
     "axes.labelcolor": COLOURS["muted"],
@@ -39,7 +39,6 @@ STYLE = {
     "axes.titlecolor": COLOURS["ink"],
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
-    "figure.constrained_layout.use": True,
     "font.size": 9,
     "grid.color": COLOURS["line"],
     "grid.linewidth": 0.5,
@@ -66,14 +65,15 @@ class Plot:
 
 
 def draw(folder: Path, name: str, alt: str, paint: Callable[[], Figure]) -> Plot:
-    """Run `paint`, write its figure to `folder`/`name`.png, and give it as SVG with `alt` for those who cannot see it."""
+    """Run `paint`, write its figure to `folder`/`name`.png, and give it as SVG; `alt` says in words what it shows."""
     salted = {**STYLE, "svg.hashsalt": name}  # Ids must differ between the plots of a page.
     with matplotlib.rc_context(salted), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # The browser has the font that matplotlib lacks.
         figure, text = paint(), io.StringIO()
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight", pad_inches=0.1)
-        figure.savefig(text, format="svg", bbox_inches="tight", pad_inches=0.05, transparent=True)
+        box = figure.get_tightbbox().padded(0.08)  # "tight" would draw each figure twice more.
+        figure.savefig(folder / f"{name}.png", dpi=min(150, 1400 / box.width), bbox_inches=box)
+        figure.savefig(text, format="svg", bbox_inches=box, transparent=True)
     return Plot(name, *_inline(text.getvalue(), alt))
 
 
@@ -95,7 +95,7 @@ def _inline(svg: str, alt: str) -> tuple[Markup, int]:
 
 @dataclass(frozen=True)
 class Curves:
-    """The steps of a run as arrays: step counts from 1, `stage` is its index, rates are [steps, groups], NaN where unknown."""
+    """The steps of a run as arrays [steps]: step counts from 1, `stage` is an index, rates are [steps, groups]."""
 
     step: np.ndarray
     stage: np.ndarray
@@ -170,10 +170,13 @@ def rates_curve(curves: Curves, groups: Sequence[str], stages: Sequence[str]) ->
             rates = np.where(curves.rates[chosen, index] > 0, curves.rates[chosen, index], np.nan)
             label = f"{name}: {groups[index]}" if groups[index] != name else name
             axes.plot(curves.step[chosen], rates, color=COLOURS[colour], label=_short(label, 32))
-    largest = np.nanmax(curves.rates)
-    if largest > 0:
+    peaks = np.array([curves.rates[curves.stage == stage].max(axis=0) for stage in np.unique(curves.stage)])
+    if peaks.any():
         axes.set_yscale("log")
-        axes.set_ylim(max(np.min(curves.rates[curves.rates > 0]) / 1.5, largest / 1e5), largest * 2)
+        # The last steps of a cycle fall far below where it began: following them would flatten all the rest.
+        axes.set_ylim(peaks[peaks > 0].min() / 40, peaks.max() * 2)
+        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.0e}".replace("e-0", "e-"))
+        axes.minorticks_off()
     axes.legend()
     return figure
 
@@ -190,7 +193,7 @@ def confusion_matrix(matrix: np.ndarray, labels: Sequence[str], split: str) -> F
     """Shade: share of the rows of a class that were given each class. Rows are what is true."""
     count = len(labels)
     cell = min(0.55, max(0.15, 4.5 / count)) if count <= NAMED else 10.0 / count
-    figure = Figure(figsize=(count * cell + 1.5, count * cell + 1.2), layout="none")
+    figure = Figure(figsize=(count * cell + 1.5, count * cell + 1.2))
     axes = figure.add_axes((0, 0, 1, 1))
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     blue = to_rgb(COLOURS["first"])
@@ -201,24 +204,23 @@ def confusion_matrix(matrix: np.ndarray, labels: Sequence[str], split: str) -> F
     axes.grid(False)
     if count <= NAMED:
         names = [_short(label, 28) for label in labels]
-        size = 9 if count <= COUNTED else 6
+        size = 9 if count <= COUNTED else 7
         axes.set_xticks(range(count), names, rotation=90, fontsize=size)
         axes.set_yticks(range(count), names, fontsize=size)
-        axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
-        axes.grid(True, which="minor", linewidth=0.4)
-        axes.tick_params(which="both", length=0)
+        axes.tick_params(length=0)
+        for lines in (axes.hlines, axes.vlines):
+            lines(np.arange(count + 1) - 0.5, -0.5, count - 0.5, color=COLOURS["line"], linewidth=0.4)
     if count <= COUNTED:
         for true, guess in zip(*np.nonzero(matrix), strict=True):
-            colour = "white" if shares[true, guess] > 0.5 else COLOURS["ink"]
+            colour = "white" if shares[true, guess] > 0.7 else COLOURS["ink"]
             axes.text(guess, true, f"{matrix[true, guess]:.0f}", ha="center", va="center", fontsize=8, color=colour)
     return figure
 
 
 def scatter(name: str, target: np.ndarray, value: np.ndarray) -> Figure:
     """Predicted over true values of one regression target, [N] each; on the diagonal, they agree."""
-    figure = Figure(figsize=(5.2, 4.2))
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(4.6, 3.6))
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.set(title=f"{_short(name, 40)}, test rows", xlabel="true", ylabel="predicted")
     some = np.random.default_rng(0).permutation(len(target))[:2000]
     axes.plot(target[some], value[some], "o", color=COLOURS["first"], markersize=3.5, alpha=0.4, markeredgewidth=0)
@@ -227,9 +229,9 @@ def scatter(name: str, target: np.ndarray, value: np.ndarray) -> Figure:
 
 
 def _axes(title: str, curves: Curves, stages: Sequence[str]) -> tuple[Figure, Axes]:
-    """An empty plot over the steps, every second stage shaded, each with its name (its number, where there are many)."""
-    figure = Figure(figsize=(5.2, 3.1))
-    axes = figure.add_subplot()
+    """An empty plot over the steps, every second stage shaded, each with its name, or number where there are many."""
+    figure = Figure(figsize=(4.7, 2.4))
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.set(title=title, xlabel="optimizer steps")
     spans = curves.spans()
     for number, (stage, begin, end) in enumerate(spans):

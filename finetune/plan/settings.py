@@ -20,7 +20,7 @@ DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
         "text": (2e-4, "BERT's 2e-5 to 5e-5 for the body (Devlin et al. 2019), ten times that for the head"),
     },
     "span": {
-        "image": (10.0, "published spans from head to stem run from 10 to 200 (ULMFiT 18, fastai 100, BEiT 176)"),
+        "image": (100.0, "fastai fine_tune: lr_mult=100; other published spans run from 10 to 200 (BEiT 176)"),
         "text": (10.0, "published spans from head to stem run from 10 to 200 (ULMFiT 18, ELECTRA 12 to 24)"),
     },
     "head_lr": {

@@ -93,11 +93,8 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
 
-def start_processes(precision: str) -> Processes:
+def start_processes() -> Processes:
     """Join the processes that `accelerate launch` or torchrun started; without them, this one alone.
-
-    Args:
-        precision: "fp32" or "bf16" (autocast).
 
     Raises:
         RunError: The launcher asked for several processes, and this one was not joined to them.
@@ -108,15 +105,14 @@ def start_processes(precision: str) -> Processes:
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:
         raise RunError(
-            f"WORLD_SIZE={asked}: the launcher started {asked} processes, and each would train alone; "
-            f"start them with `ACCELERATE_USE_CPU=true "
-            f"accelerate launch --multi_gpu --num_processes {asked}` or torchrun"
+            f"WORLD_SIZE={asked}: the launcher started {asked} processes, and each would train alone; start them "
+            f"with `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked}` or torchrun"
         )
-    return Processes(accelerator, precision)
+    return Processes(accelerator)
 
 
-def native_precision() -> tuple[str, str]:
-    """("bf16" | "fp32", reason): the precision that this machine computes in natively."""
+def native_precision(model: nn.Module) -> tuple[str, str]:
+    """("bf16" | "fp32", reason): the precision in which this machine trains this model fastest."""
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", f"{torch.cuda.get_device_name()} computes in bf16"
@@ -124,6 +120,11 @@ def native_precision() -> tuple[str, str]:
     if torch.backends.mps.is_available():
         return "fp32", "bf16 is not used on this device"
     # oneDNN emulates bf16 where the processor lacks the instructions, and is then slower than fp32.
-    if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return "bf16", "the processor has bf16 instructions"
-    return "fp32", "the processor has no bf16 instructions"
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if not any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check)):
+        return "fp32", "the processor has no bf16 instructions"
+    # A step of MobileNetV2 takes 0.30 s in bf16 and 0.29 s in fp32; one of MiniLM 0.16 s and 0.25 s.
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    if 2 * linear < sum(parameter.numel() for name, parameter in model.named_parameters() if "embed" not in name):
+        return "fp32", "the model is mostly convolutions, which gain nothing from bf16 on this processor"
+    return "bf16", "the processor has bf16 instructions"

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
 from finetune.data.splits import Splits
 from finetune.data.task import units
+from finetune.errors import PlanError
 from finetune.model.backbones import Pretrained
 from finetune.model.groups import LayerGroups, set_mode, set_trainable
 from finetune.plan.rates import param_groups
@@ -81,15 +82,11 @@ class Trainer:
         say: Callable[[str], None] = print,
     ) -> None:
         self.pretrained, self.splits, self.groups, self.plan, self.settings = pretrained, splits, groups, plan, settings
-        self.folder, self.loss, self.processes, self.seed, self.own_metrics, self.say = (
-            folder,
-            loss,
-            processes,
-            seed,
-            own_metrics,
-            say,
-        )
-        self.model = pretrained.model.to(processes.device)
+        self.folder, self.loss, self.processes, self.seed = folder, loss, processes, seed
+        self.own_metrics, self.say = own_metrics, say
+        # A step of MobileNetV2 takes two thirds of the time with the channels last (0.29 instead of 0.43 s).
+        layout = torch.channels_last if splits.task.modality == "image" else torch.preserve_format
+        self.model = pretrained.model.to(processes.device).to(memory_format=layout)
         self.wrapped: torch.nn.Module = self.model
         self.optimizer = torch.optim.AdamW(
             param_groups(self.model, groups, plan.stages[-1].rates, settings.weight_decay),
@@ -115,13 +112,8 @@ class Trainer:
         status, why = "finished", ""
         self.log = (self.folder / "steps.jsonl").open("a") if self.processes.is_main else None
         try:
-            for index in range(
-                self.plan.at(self.progress.step).stage
-                if self.progress.step < self.plan.steps
-                else len(self.plan.stages),
-                len(self.plan.stages),
-            ):
-                self.run_stage(index)
+            while self.progress.step < self.plan.steps:
+                self.run_stage(self.plan.at(self.progress.step).stage)
         except Diverged as error:
             status, why = "diverged", str(error)
         finally:
@@ -143,9 +135,7 @@ class Trainer:
 
     def run_stage(self, index: int) -> None:
         stage, first = self.plan.stages[index], self.plan.start(index)
-        begin = time.monotonic() - (
-            self.progress.stage_seconds[index] if len(self.progress.stage_seconds) > index else 0.0
-        )
+        begin = time.monotonic() - sum(self.progress.stage_seconds[index : index + 1])  # what a resumed stage has had
         set_trainable(self.model, self.groups, stage.open_from)
         self.wrapped = self.processes.wrap(self.wrapped)
         steps_per_epoch = self.plan.steps_per_epoch
@@ -168,34 +158,21 @@ class Trainer:
 
     def steps_of_epoch(self, stage: int, epoch: int, offset: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step from `offset` on; a pure function of seed, stage and epoch."""
-        number = (
-            sum(math.ceil(planned.steps / self.plan.steps_per_epoch) for planned in self.plan.stages[:stage]) + epoch
-        )
-        order = epoch_order(
-            len(self.splits.train),
-            self.settings.batch_size,
-            seed=self.seed,
-            epoch=number,
-            lengths=self.lengths["train"],
-        )
-        order = _without_remainder(order, self.settings.batch_size)
-        parts = self.processes.count * self.settings.accumulation
-        mine = slice(
-            self.processes.rank * self.settings.accumulation, (self.processes.rank + 1) * self.settings.accumulation
-        )
-        shares = [part for rows in order[offset:] for part in _split(rows, parts)[mine]]
-        loader = iter(
-            make_loader(
-                self.splits.train,
-                self.splits.task,
-                self.pretrained.processor,
-                shares,
-                train=True,
-                seed=self.seed,
-                epoch=number,
+        data, batch_size, accumulation = self.splits.train, self.settings.batch_size, self.settings.accumulation
+        number = sum(math.ceil(before.steps / self.plan.steps_per_epoch) for before in self.plan.stages[:stage]) + epoch
+        order = epoch_order(len(data), batch_size, seed=self.seed, epoch=number, lengths=self.lengths["train"])
+        order = _without_remainder(order, batch_size)
+        parts = self.processes.count * accumulation
+        if min(map(len, order)) < parts:
+            raise PlanError(
+                f"batch_size={batch_size}: the shortest batch has {min(map(len, order))} examples, too few for "
+                f"{self.processes.count} processes with accumulation={accumulation}; give a larger batch_size"
             )
-        )
-        while micro_batches := list(itertools.islice(loader, self.settings.accumulation)):
+        mine = slice(self.processes.rank * accumulation, (self.processes.rank + 1) * accumulation)
+        shares = [part for rows in order[offset:] for part in _split(rows, parts)[mine]]
+        task, processor = self.splits.task, self.pretrained.processor
+        loader = iter(make_loader(data, task, processor, shares, train=True, seed=self.seed, epoch=number))
+        while micro_batches := list(itertools.islice(loader, accumulation)):
             yield micro_batches
 
     def step(self, micro_batches: list[Batch], point: Point) -> torch.Tensor:
@@ -207,7 +184,7 @@ class Trainer:
             if point.momentum is not None:
                 group["betas"] = (point.momentum, group["betas"][1])
         counts = [units(self.splits.task, cast(torch.Tensor, batch.targets)) for batch in micro_batches]
-        total = self.processes.total(sum(counts))
+        total = max(1.0, self.processes.total(sum(counts)))
         loss = torch.zeros((), device=self.processes.device)
         for number, (batch, count) in enumerate(zip(micro_batches, counts, strict=True), start=1):
             batch = batch.to(self.processes.device)

@@ -430,6 +430,13 @@ def test_a_network_without_parameters_is_an_error():
         layer_groups(image(nn.Identity()))
 
 
+def test_a_network_that_uses_none_is_an_error():
+    model = nn.Flatten()
+    model.idle = nn.Linear(3, 3)
+    with pytest.raises(PlanError, match="uses no parameter"):
+        layer_groups(image(model))
+
+
 def test_table_shows_every_group():
     table = str(layer_groups(image(Net(), new=("classifier.", "position"))))
     assert [line.split()[1] for line in table.splitlines()[1:7]] == ["stem", *blocks("blocks", 4), "head"]

@@ -2,9 +2,11 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from finetune.data.loaders import make_loader
 from finetune.data.splits import Splits
@@ -14,8 +16,14 @@ from finetune.model.groups import layer_groups
 from finetune.plan.probes import epochs_in, seconds_per_step
 
 
-def test_measuring_leaves_everything_as_it_was(square_splits: Splits, resnet: Path) -> None:
-    pretrained = load_backbone(resnet, square_splits.task)
+def normed_head(features: int) -> nn.Module:
+    """A head with statistics of its own, which are new and so never frozen."""
+    return nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, 3))
+
+
+@pytest.mark.parametrize("head", [None, normed_head])
+def test_measuring_leaves_everything_as_it_was(square_splits: Splits, resnet: Path, head: Any) -> None:
+    pretrained = load_backbone(resnet, square_splits.task, head=head)
     groups = layer_groups(pretrained)
     rows = [list(range(6))]
     batch = next(iter(make_loader(square_splits.train, square_splits.task, pretrained.processor, rows, train=True)))
@@ -29,7 +37,7 @@ def test_measuring_leaves_everything_as_it_was(square_splits: Splits, resnet: Pa
     for first in (0, len(groups) - 1):
         seconds = seconds_per_step(pretrained, groups, batch, loss, open_from=first, autocast=nullcontext, repeats=2)
         assert 0.0 < seconds < 10.0
-    assert trained == [len(list(pretrained.model.parameters()))] * 2 + [2] * 2
+    assert trained == [len(list(pretrained.model.parameters()))] * 2 + [2 if head is None else 4] * 2
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in pretrained.model.parameters())
     for name, tensor in pretrained.model.state_dict().items():

@@ -1,0 +1,242 @@
+"""A run folder goes in; one self-contained page about the run comes out, and its plots as files.
+
+The page says only what the folder says: `run.json`, `steps.jsonl`, `predictions/test.csv`, `left_out.csv`. It loads
+nothing from elsewhere and runs no script, so it can be kept, mailed and opened anywhere.
+"""
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from finetune.errors import RunError
+from finetune.output import plots
+from finetune.output.plots import Curves, Plot
+from finetune.output.tally import Tally, Tested, baseline
+
+MAIN = {
+    "single_label_classification": "accuracy",
+    "multi_label_classification": "f1_macro",
+    "regression": "rmse",
+    "token_classification": "f1",
+}
+BASELINE = {
+    "single_label_classification": "majority class",
+    "multi_label_classification": "commonest labels",
+    "regression": "mean of the targets",
+    "token_classification": "majority tag",
+}
+MOST_PLOTTED = 4  # regression targets that get a plot
+MOST_LISTED = 200  # rows left out that are listed
+
+
+def write_report(folder: Path, target: Path) -> Path:
+    """Write the page about a run to `target`, and its plots to `plots/` in the run folder.
+
+    A run that is unfinished, that had no test rows, or whose head is a custom one, gets a page with what there is.
+
+    Returns:
+        `target`.
+
+    Raises:
+        RunError: There is no run in the folder, or the page cannot be written.
+    """
+    folder, target = Path(folder), Path(target)
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / 'run.json'}: {error}; give the folder of a run") from None
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template.filters |= {"number": number, "duration": duration}
+    try:
+        page = template.get_template("report.html.jinja").render(_content(folder, record))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{target}: cannot be written ({error}); write the report to another path") from None
+    return target
+
+
+def number(value: Any) -> str:
+    """A value of a run as people read it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(number, value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a number" if math.isnan(value) else str(value)
+    if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 10_000):
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
+
+
+def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows."""
+    kind, labels = record["task"]["kind"], [str(label) for label in record["task"]["labels"]]
+    data, metrics = record["data"], record.get("metrics", {})
+    tested = Tested.read(folder / "predictions" / "test.csv", kind, labels)
+    valid = metrics.get("valid", {}).get("confusion") if kind == "single_label_classification" else None
+    tallies = {"test": tested.tally, "valid": Tally.of_confusion("validation", np.array(valid)) if valid else None}
+    split = "test" if "test" in metrics else "valid"
+    tally = tallies[split]
+    train = np.array([data.get("classes", {}).get(label, 0) for label in labels])
+    same = baseline(kind, tally, tested if split == "test" else Tested(), train, data["counts"]["train"])
+    figures = {
+        name: {key: value for key, value in values.items() if isinstance(value, int | float)}
+        for name, values in metrics.items()
+    }
+    shown = list(dict.fromkeys(name for values in figures.values() for name in values))
+    main = MAIN[kind] if MAIN[kind] in shown else next((name for name in shown if name != "loss"), None)
+    return {
+        "record": record,
+        "name": Path(str(data["source"])).name or data["source"],
+        "kind": kind.replace("_", " "),
+        "main": main,
+        "headline": figures.get(split, {}).get(main or "loss"),
+        "split": {"test": "test", "valid": "validation"}[split],
+        "error": _standard_error(figures.get(split, {}).get(main or ""), main, data["counts"].get(split, 0)),
+        "baseline": BASELINE[kind] if same.keys() & set(shown) else None,
+        "baseline_headline": same.get(main or ""),
+        "metrics": [
+            (name, [figures[part].get(name) for part in ("test", "valid") if part in figures], same.get(name))
+            for name in shown
+        ],
+        "splits": [{"test": "test", "valid": "validation"}[part] for part in ("test", "valid") if part in figures],
+        "plots": _plots(folder, record, main, same.get(main or ""), figures),
+        "confusion": _confusion_plot(folder, tally, labels),
+        "confusions": _confusions(tally, labels),
+        "scatters": _scatter_plots(folder, tested, labels),
+        "mistakes": tested.mistakes,
+        "classes": _class_rows(tally, labels, train),
+        "class_split": tally.split if tally else "",
+        "unit": "words" if kind == "token_classification" else "rows",
+        "left_out": _left_out(folder / "left_out.csv"),
+        "most_listed": MOST_LISTED,
+        "groups": record.get("groups", []),
+    }
+
+
+def _standard_error(value: float | None, name: str | None, rows: int) -> float | None:
+    """Of a share of rows; the other metrics have no such simple one."""
+    if name != "accuracy" or value is None or rows < 1 or not 0 <= value <= 1:
+        return None
+    return math.sqrt(value * (1 - value) / rows)
+
+
+def _plots(
+    folder: Path, record: dict[str, Any], main: str | None, same: float | None, figures: dict[str, dict[str, float]]
+) -> list[Plot]:
+    curves = Curves.of(_steps(folder / "steps.jsonl"))
+    if not len(curves.step):
+        return []
+    planned, history = record.get("stages", []), record.get("history", [])
+    stages = [planned[i]["name"] if i < len(planned) else f"stage {i + 1}" for i in range(int(curves.stage.max()) + 1)]
+    groups = record.get("groups") or [f"group {i + 1}" for i in range(curves.rates.shape[1])]
+    place, losses = folder / "plots", curves.loss[np.isfinite(curves.loss)]
+    drawn = []
+    if len(losses):
+        alt = f"Loss over {curves.step[-1]} steps: it began at {losses[0]:.3g} and ended at {losses[-1]:.3g}."
+        drawn.append(plots.draw(place, "loss", alt, lambda: plots.loss_curve(curves, history, stages)))
+    seen = [entry["valid"][main] for entry in history if main is not None and main in entry["valid"]]
+    if seen and main is not None:
+        name, others = main, [("test, at the end", figures["test"][main])] if main in figures.get("test", {}) else []
+        others += [(BASELINE[record["task"]["kind"]], same)] if same is not None else []
+        alt = f"{name} on the validation rows after each epoch: {', '.join(f'{value:.3g}' for value in seen)}."
+        drawn.append(
+            plots.draw(place, "metric", alt, lambda: plots.metric_curve(curves, history, stages, name, others))
+        )
+    peaks = np.max(curves.rates, axis=0)
+    alt = f"Learning rates over the steps: the head's rises to {peaks[-1]:.3g}, the stem's to {peaks[0]:.3g}."
+    drawn.append(plots.draw(place, "rates", alt, lambda: plots.rates_curve(curves, groups, stages)))
+    if np.isfinite(curves.momentum).any():
+        low, high = np.nanmin(curves.momentum), np.nanmax(curves.momentum)
+        alt = f"Momentum over the steps: it falls to {low:.3g} while rates rise, and returns to {high:.3g}."
+        drawn.append(plots.draw(place, "momentum", alt, lambda: plots.momentum_curve(curves, stages)))
+    return drawn
+
+
+def _confusion_plot(folder: Path, tally: Tally | None, labels: Sequence[str]) -> Plot | None:
+    if tally is None or tally.confusion is None:
+        return None
+    matrix, split = tally.confusion, tally.split
+    alt = f"Confusion matrix of {len(labels)} classes: {tally.right.sum()} of {matrix.sum()} rows are on the diagonal."
+    return plots.draw(folder / "plots", "confusion", alt, lambda: plots.confusion_matrix(matrix, labels, split))
+
+
+def _confusions(tally: Tally | None, labels: Sequence[str]) -> list[tuple[str, str, int, int]]:
+    """The most frequent confusions: true, predicted, how often, of how many rows."""
+    if tally is None or tally.confusion is None:
+        return []
+    wrong = tally.confusion - np.diag(tally.right)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:10]
+    pairs = [(int(i) // len(labels), int(i) % len(labels)) for i in order]
+    return [(labels[t], labels[p], int(wrong[t, p]), int(tally.present[t])) for t, p in pairs if wrong[t, p] > 0]
+
+
+def _scatter_plots(folder: Path, tested: Tested, labels: Sequence[str]) -> list[Plot]:
+    if tested.values is None:
+        return []
+    drawn = []
+    for k, label in enumerate(labels[:MOST_PLOTTED]):
+        target, value = tested.values[0][:, k], tested.values[1][:, k]
+        mae = np.abs(target - value).mean()
+        alt = f"Predicted over true {label} of {len(target)} test rows; on average they differ by {mae:.3g}."
+        name = "scatter" if len(labels) == 1 else f"scatter{k + 1}"
+        drawn.append(
+            plots.draw(folder / "plots", name, alt, lambda n=label, t=target, v=value: plots.scatter(n, t, v))  # type: ignore[misc]
+        )
+    return drawn
+
+
+def _class_rows(tally: Tally | None, labels: Sequence[str], train: np.ndarray) -> list[dict[str, Any]]:
+    """A row a class, the worst first."""
+    if tally is None:
+        return []
+    rows = [
+        {"label": label, "precision": p, "recall": r, "f1": f1, "rows": int(present), "train": int(seen)}
+        for label, (p, r, f1), present, seen in zip(labels, tally.scores(), tally.present, train, strict=True)
+    ]
+    return sorted(rows, key=lambda row: row["f1"])
+
+
+def _left_out(path: Path) -> dict[str, Any]:
+    """Reasons with their counts, and the first rows."""
+    if not path.is_file():
+        return {"reasons": [], "rows": []}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.reader(file)][1:]
+    return {"reasons": Counter(row[2].partition(": ")[0] for row in rows).most_common(), "rows": rows[:MOST_LISTED]}
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of the log; of a run that was cut off, the last may be half a line."""
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            break
+    return steps

@@ -1,0 +1,76 @@
+"""Trainers of tiny models, made anew for every run, so that two runs share nothing but what they are given."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.data.splits import Splits
+from finetune.data.task import default_loss
+from finetune.model.backbones import load_backbone
+from finetune.model.groups import layer_groups
+from finetune.plan.onecycle import OneCycle
+from finetune.plan.rates import geometric_rates
+from finetune.plan.settings import choose_settings
+from finetune.plan.stages import Plan, Stage
+from finetune.train.processes import start_processes
+from finetune.train.trainer import Trainer, steps_per_epoch
+
+STAGES = Plan(
+    Stage(-1, epochs=1, shape=OneCycle(pct_start=0.4), lr_scale=5.0), Stage(0, epochs=3, shape=OneCycle(pct_start=0.4))
+)
+
+
+def make(
+    splits: Splits,
+    backbone: Any,
+    folder: Path,
+    *,
+    plan: Plan = STAGES,
+    given: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    loss: Callable[..., torch.Tensor] | None = None,
+    said: list[str] | None = None,
+) -> Trainer:
+    """A trainer on a freshly loaded backbone, in fp32, batches of 8."""
+    folder.mkdir(exist_ok=True)
+    settings = choose_settings(
+        splits.task.modality, len(splits.train), given={"batch_size": 8, "precision": "fp32", **(given or {})}
+    )
+    pretrained = load_backbone(backbone, splits.task, seed=seed)
+    groups = layer_groups(pretrained)
+    return Trainer(
+        pretrained,
+        splits,
+        groups,
+        plan.resolve(
+            groups,
+            geometric_rates(len(groups), settings.lr, settings.span),
+            steps_per_epoch(len(splits.train), settings.batch_size),
+        ),
+        settings,
+        folder=folder,
+        loss=loss or default_loss(splits.task),
+        processes=start_processes(),
+        seed=seed,
+        say=[].append if said is None else said.append,
+    )
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """A copy of the weights and buffers of the model."""
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def differences(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not equal bit for bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `steps.jsonl`, without the seconds."""
+    lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]

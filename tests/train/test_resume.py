@@ -1,0 +1,159 @@
+"""A run that was interrupted and started again ends as the one that was not, bit for bit."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.data.splits import Splits
+from finetune.data.task import default_loss
+from finetune.train import selection, trainer
+from finetune.train.trainer import Outcome, Trainer
+from tests.train.runs import differences, make, state, steps
+
+STEPS = 20  # of the plan: one epoch of the head, three of everything, 5 steps each
+
+
+@pytest.fixture(autouse=True, scope="module")
+def often() -> Iterator[None]:
+    """A checkpoint after every epoch; weights are averaged from the first epoch of the last stage on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "CHECKPOINT_SECONDS", -1.0)
+        patch.setattr(selection, "AVERAGED_SHARE", 0.8)
+        yield
+
+
+class Interrupted:
+    """The task's own loss, which Ctrl-C meets at its nth call in training, or in evaluation."""
+
+    def __init__(self, splits: Splits, when: str, number: int) -> None:
+        self.plain, self.when, self.left = default_loss(splits.task), when, number
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if outputs.requires_grad == (self.when == "training"):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return self.plain(outputs, targets)
+
+
+def everything(run: Trainer, outcome: Outcome) -> dict[str, Any]:
+    """What two runs that are the same have in common, but for the weights."""
+    return {
+        "history": outcome.history,
+        "kept": outcome.kept,
+        "valid": outcome.valid.metrics,
+        "best": run.progress.best,
+        "first_loss": run.progress.first_loss,
+        "smooth_loss": run.progress.smooth_loss,
+        "steps": steps(run.folder),
+    }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a run is made of, and the run that nothing interrupts."""
+
+    splits: Splits
+    backbone: Path
+    given: dict[str, Any]
+    whole: Trainer
+    expected: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def kinds(
+    review_splits: Splits, square_splits: Splits, bert: Path, resnet: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Kind]:
+    """A text model with dropout; an image model with moving batch norms, augmentation and micro-batches."""
+    fewer = replace(square_splits, train=square_splits.train.select(list(range(20))), test=None)
+    found = {}
+    for name, splits, backbone, given in (
+        ("text", review_splits, bert, {}),
+        ("images", fewer, resnet, {"batch_size": 4, "freeze_batchnorm": False, "accumulation": 2}),
+    ):
+        whole = make(splits, backbone, tmp_path_factory.mktemp(name), given=given)
+        found[name] = Kind(splits, backbone, given, whole, everything(whole, whole.run()))
+        assert whole.average is not None and len(found[name].expected["steps"]) == STEPS
+    return found
+
+
+@pytest.mark.parametrize("kind", ["text", "images"])
+@pytest.mark.parametrize(
+    ("when", "number", "goes_on_from"),
+    [
+        ("training", 3, 0),  # before there is any checkpoint
+        ("evaluation", 1, 5),  # in the validation after the first epoch of all groups
+        ("training", 12, 10),  # in the middle of an epoch
+        ("evaluation", 3, 15),
+        ("evaluation", 4, 20),  # all steps are done; the averaged weights are being validated
+    ],
+)
+def test_resumed_is_uninterrupted(
+    kinds: dict[str, Kind], tmp_path: Path, kind: str, when: str, number: int, goes_on_from: int
+) -> None:
+    one = kinds[kind]
+    splits, backbone, given, whole = one.splits, one.backbone, one.given, one.whole
+    per_call = given.get("accumulation", 1) if when == "training" else 1
+    assert len(splits.valid) <= 4 * whole.settings.batch_size  # one call a validation
+    stopped = make(splits, backbone, tmp_path / "parts", given=given, loss=Interrupted(splits, when, number * per_call))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+
+    said: list[str] = []
+    resumed = make(splits, backbone, tmp_path / "parts", given=given, said=said)
+    found = everything(resumed, resumed.run())
+    assert [line for line in said if line.startswith("Resumed")] == (
+        [f"Resumed   from step {goes_on_from} of {STEPS}"] if goes_on_from else []
+    )
+    assert found == one.expected
+    assert not differences(state(resumed), state(whole))
+    assert resumed.average is not None
+    assert not differences(dict(resumed.average.state_dict()), dict(whole.average.state_dict()))
+    if goes_on_from < STEPS:
+        moments, expected = resumed.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"]
+        assert moments.keys() == expected.keys() and len(moments) > 0
+        assert not any(differences(tensors, expected[index]) for index, tensors in moments.items())
+
+
+def test_interrupted_twice(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    splits, backbone = kinds["text"].splits, kinds["text"].backbone
+    for when, number in (("training", 7), ("evaluation", 2)):
+        with pytest.raises(KeyboardInterrupt):
+            make(splits, backbone, tmp_path / "parts", loss=Interrupted(splits, when, number)).run()
+    resumed = make(splits, backbone, tmp_path / "parts")
+    assert everything(resumed, resumed.run()) == kinds["text"].expected
+    assert not differences(state(resumed), state(kinds["text"].whole))
+
+
+def test_time_spent_before_counts(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    splits, backbone = kinds["text"].splits, kinds["text"].backbone
+    with pytest.raises(KeyboardInterrupt):
+        make(splits, backbone, tmp_path, loss=Interrupted(splits, "training", 12)).run()
+    newest = max((tmp_path / "checkpoints").glob("step-*")) / "progress.json"
+    progress = json.loads(newest.read_text())
+    assert progress["step"] == 10 and len(progress["stage_seconds"]) == 2
+    progress["stage_seconds"] = [100.0, 1000.0]
+    newest.write_text(json.dumps(progress))
+    outcome = make(splits, backbone, tmp_path).run()
+    assert outcome.stage_seconds[0] == 100.0 and 1000.0 < outcome.stage_seconds[1] < 1100.0
+
+
+def test_checkpoints_are_written_when_the_last_is_old(
+    kinds: dict[str, Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits, backbone = kinds["text"].splits, kinds["text"].backbone
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 3600.0)
+    run = make(splits, backbone, tmp_path)
+    run.run()
+    assert not (tmp_path / "checkpoints").exists()
+    monkeypatch.undo()
+    run = make(splits, backbone, tmp_path)
+    run.run()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000015", "step-0000020"]
+    run.drop_checkpoints()
+    assert not (tmp_path / "checkpoints").exists()
