@@ -19,7 +19,7 @@ def cli(main: Callable[..., Any]) -> None:
     """
     first = os.environ.get("RANK", "0") == "0"
     try:
-        tyro.cli(main, console_outputs=first, config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.FlagConversionOff))
+        tyro.cli(main, console_outputs=first)
     except FinetuneError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)

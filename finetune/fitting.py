@@ -13,7 +13,7 @@ from finetune.data.loaders import epoch_order, make_loader
 from finetune.data.sources import load_dataset
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss
-from finetune.errors import DataError
+from finetune.errors import DataError, PlanError
 from finetune.model.backbones import Pretrained, load_backbone
 from finetune.model.groups import LayerGroups, layer_groups
 from finetune.model.heads import Head
@@ -25,7 +25,7 @@ from finetune.plan.rates import geometric_rates
 from finetune.plan.settings import Settings, choose_settings
 from finetune.plan.stages import Plan
 from finetune.run import Run
-from finetune.train.evaluate import Loss, Metrics, evaluate
+from finetune.train.evaluate import Loss, Metrics
 from finetune.train.folder import open_folder, read_record, write_record
 from finetune.train.processes import Processes, native_precision, start_processes
 from finetune.train.trainer import Trainer, steps_per_epoch
@@ -79,6 +79,8 @@ def fit(
         RunError: `out` cannot be used.
     """
     started = time.monotonic()
+    if minutes is not None and (plan is not None or epochs is not None or "epochs" in (settings or {})):
+        raise PlanError("minutes: sets the number of epochs, which epochs= or plan= set too; give one of them")
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, **(settings or {})}
     processes = start_processes()
     say = print if processes.is_main else _silent
@@ -89,21 +91,15 @@ def fit(
     folder = Path(out)
     if isinstance(backbone, Pretrained) and (head is not None or image_size is not None):
         raise DataError("fit: a loaded backbone has its head and image size already; give them to load_backbone")
-    name = (
-        backbone.name
-        if isinstance(backbone, Pretrained)
-        else type(backbone).__name__
-        if isinstance(backbone, nn.Module)
-        else str(backbone)
-    )
+    name = backbone.name if isinstance(backbone, Pretrained) else str(backbone)
+    if isinstance(backbone, nn.Module):
+        name = type(backbone).__name__
     identity = identity_of(splits, name, given, plan, seed, minutes=minutes, image_size=image_size)
     resuming = processes.first(lambda: open_folder(folder, identity, overwrite=overwrite))
 
-    pretrained = (
-        backbone
-        if isinstance(backbone, Pretrained)
-        else load_backbone(backbone, splits.task, head=head, image_size=image_size, seed=seed)
-    )
+    if not isinstance(backbone, Pretrained):
+        backbone = load_backbone(backbone, splits.task, head=head, image_size=image_size, seed=seed)
+    pretrained = backbone
     pretrained.model.to(processes.device)
     groups = groups if groups is not None else layer_groups(pretrained)
     weights = sum(group.size for group in groups)
@@ -119,18 +115,20 @@ def fit(
     )
     processes = replace(processes, precision=chosen.precision)
     setup_seconds = time.monotonic() - started
-    if minutes is not None and plan is None:
+    if minutes is not None and resuming:  # a resumed run keeps the length that it began with
+        before = read_record(folder)["settings"]
+        dials = {dial: before[dial]["value"] for dial in ("epochs", "head_epochs") if before[dial]["by"] == "measured"}
+        chosen = chosen.changed("measured when the run began", **dials)
+    elif minutes is not None:
         left = 60.0 * minutes - setup_seconds
-        recorded = read_record(folder)["settings"]["epochs"]["value"] if resuming else None
-        chosen = _fit_into(left, chosen, pretrained, splits, groups, loss_function, processes, recorded)
+        chosen = _fit_into(left, chosen, pretrained, splits, groups, loss_function, processes)
     per_epoch = steps_per_epoch(len(splits.train), chosen.batch_size)
     rates = geometric_rates(len(groups), chosen.lr, chosen.span)
     resolved = (plan if plan is not None else chosen.default_plan(len(groups))).resolve(groups, rates, per_epoch)
     probe_seconds = time.monotonic() - started - setup_seconds
     say(
         f"Chosen    peak rate {chosen.lr:.2g} head -> {rates[0]:.2g} stem, {chosen.epochs:g} epochs, "
-        f"batch {chosen.batch_size}, {chosen.precision} "
-        f"on {processes.device.type}"
+        f"batch {chosen.batch_size}, {chosen.precision} on {processes.device.type}"
     )
     for number, line in enumerate(str(resolved).splitlines()):
         say(f"{'Plan' if number == 0 else '':<9} {line}")
@@ -152,28 +150,18 @@ def fit(
         own_metrics=metrics,
         say=say,
     )
-    training = time.monotonic()
-    outcome = trainer.run()
-    if outcome.status != "finished":
-        say(f"Stopped   {outcome.why}; the weights of {outcome.kept} are kept")
-    train_seconds = time.monotonic() - training
-
-    test, evaluating = None, time.monotonic()
-    if splits.test is not None:
-        test = evaluate(
-            pretrained,
-            splits.test,
-            splits.task,
-            processes,
-            loss=loss_function,
-            batch_size=4 * chosen.batch_size,
-            lengths=trainer.lengths_of(splits.test),
-            own_metrics=metrics,
-        )
-    evaluate_seconds = outcome.evaluate_seconds + time.monotonic() - evaluating
+    test, began = None, time.monotonic()
+    try:
+        outcome = trainer.run()
+        train_seconds = time.monotonic() - began - outcome.evaluate_seconds
+        if outcome.status != "finished":
+            say(f"Stopped   {outcome.why}; the weights of {outcome.kept} are kept")
+        if splits.test is not None:
+            test = trainer.evaluate(splits.test)
+    finally:
+        if unscale is not None:  # also after Ctrl-C: in a notebook the same model may be given again
+            unscale()
     exporting = time.monotonic()
-    if unscale is not None:
-        unscale()
     if processes.is_main:
         save_pretrained(pretrained, splits.task, folder / "model")
         if splits.test is not None and test is not None:
@@ -182,8 +170,8 @@ def fit(
         "total": time.monotonic() - started,
         "setup": setup_seconds,
         "probes": probe_seconds,
-        "train": train_seconds - outcome.evaluate_seconds,
-        "evaluate": evaluate_seconds,
+        "train": train_seconds,
+        "evaluate": trainer.evaluate_seconds,
         "export": time.monotonic() - exporting,
     }
     record |= describe_run(outcome, test, resolved, len(splits.train), seconds, processes.device) | {
@@ -206,11 +194,8 @@ def _fit_into(
     groups: LayerGroups,
     loss: Loss,
     processes: Processes,
-    recorded: float | None,
 ) -> Settings:
-    """Settings whose epochs fill the time; a resumed run keeps the number that it began with."""
-    if recorded is not None:
-        return settings.changed("measured when the run began", epochs=recorded, head_epochs=recorded / 4.0)
+    """Settings whose epochs fill the time, a quarter of them for the head unless the user gave its length."""
     rows = epoch_order(len(splits.train), settings.batch_size, seed=0, epoch=0)[0]
     batch = next(iter(make_loader(splits.train, splits.task, pretrained.processor, [rows], train=True, workers=0)))
     full, head = (
@@ -229,7 +214,10 @@ def _fit_into(
     )
     epochs = float(torch.tensor(processes.gather([epochs])).min())
     reason = f"{full:.3g} s a step, {seconds / 60:.2g} minutes left for training"
-    return settings.changed(reason, epochs=round(epochs, 3), head_epochs=round(epochs / 4.0, 3))
+    dials: dict[str, Any] = {"epochs": round(epochs, 3)}
+    if settings.reasons["head_epochs"][1] != "user":
+        dials["head_epochs"] = round(epochs / 4.0, 3)
+    return settings.changed(reason, **dials)
 
 
 def _result_lines(record: dict[str, Any], folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ def test_fractals_load_through_timm():
     config = json.loads((FRACTALS / "config.json").read_text())
     assert model.num_classes == config["num_classes"]
     assert model.num_features == config["num_features"]
-    assert model.pretrained_cfg["input_size"] == (3, 64, 64)
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 64, 64)
     assert model.pretrained_cfg["license"] == "apache-2.0"
     assert sum(p.numel() for p in model.parameters()) <= 1_500_000
     with safe_open(FRACTALS / "model.safetensors", "pt") as stored, torch.inference_mode():

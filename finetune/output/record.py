@@ -144,7 +144,7 @@ def test_predictions(path: Path, dataset: Dataset, task: Task, test: Evaluation)
     """Write one line a row: id, target, prediction, and the probability of it (classes) or nothing more (values,
     tags)."""
     path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if isinstance(test.outputs, dict):
             writer.writerow(["id", *test.outputs])

@@ -27,6 +27,7 @@ def seconds_per_step(
     batch = batch.to(device)
     set_trainable(pretrained.model, groups, open_from)
     set_mode(pretrained.model, groups, open_from)
+    buffers = {name: buffer.clone() for name, buffer in pretrained.model.named_buffers()}
     with torch.random.fork_rng(devices=[]):
         times = []
         for _ in range(repeats):
@@ -36,6 +37,9 @@ def seconds_per_step(
             value.backward()
             times.append(time.perf_counter() - begin + 0.0 * float(value.detach()))
     pretrained.model.zero_grad(set_to_none=True)
+    with torch.no_grad():  # a new BatchNorm has taken the batch into its statistics
+        for name, buffer in pretrained.model.named_buffers():
+            buffer.copy_(buffers[name])
     return min(times)
 
 

@@ -80,6 +80,10 @@ class Plan(tuple[Stage, ...]):
             raise PlanError("Plan: give at least one Stage")
         return super().__new__(cls, stages)
 
+    def __getnewargs__(self) -> tuple[Stage, ...]:
+        """The stages one by one, for copies and pickles."""
+        return tuple(self)
+
     def resolve(
         self, groups: LayerGroups, rates: Sequence[float] | None = None, steps_per_epoch: int = 1
     ) -> "ResolvedPlan":
@@ -195,15 +199,15 @@ def gradual_unfreezing(
     """
     shape = shape if shape is not None else OneCycle()
     head = min(head_epochs, epochs / 2.0)
-    first = Stage(open_from=-1, epochs=head, shape=shape, lr_scale=head_lr_scale)
     rest = epochs - head
     if style == "none" or groups == 1:
         return Plan(Stage(open_from=0, epochs=epochs, shape=shape))
+    first = (Stage(open_from=-1, epochs=head, shape=shape, lr_scale=head_lr_scale),) if head > 0 else ()
     if style == "head_then_all":
-        return Plan(first, Stage(open_from=0, epochs=rest, shape=shape))
+        return Plan(*first, Stage(open_from=0, epochs=rest, shape=shape))
     if style == "three_stages":
         return Plan(
-            first,
+            *first,
             Stage(open_from=groups // 2, epochs=rest / 3.0, shape=shape, name="top half"),
             Stage(open_from=0, epochs=rest * 2.0 / 3.0, shape=shape),
         )

@@ -2,6 +2,7 @@
 why not."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -70,8 +71,17 @@ def read_record(folder: Path) -> dict[str, Any]:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write `run.json` beside its place and rename it: a reader never sees half of one."""
     beside = folder / f".{RECORD}"
-    beside.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    beside.write_text(json.dumps(_finite(record), indent=2, default=str, allow_nan=False) + "\n")
     beside.rename(folder / RECORD)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for numbers that are not finite; None stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _writable(folder: Path) -> bool:

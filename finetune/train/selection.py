@@ -39,7 +39,8 @@ def clearly_better(before: dict[str, Any], last: Evaluation) -> bool:
     if last.scores is None or before["scores"] is None:
         return bool(before["standing"][1] > -last.loss)
     difference = np.asarray(before["scores"]) - last.scores
-    return bool(difference.mean() > difference.std() / math.sqrt(len(difference)))
+    rows = len(difference)
+    return bool(difference.mean() > difference.std(ddof=min(1, rows - 1)) / math.sqrt(rows))
 
 
 def averages_at(step: int, steps: int) -> bool:

@@ -96,7 +96,7 @@ class Trainer:
         )
         self.average: AveragedModel | None = None
         self.progress = Progress()
-        self.best_weights: checkpoint.Weights | None = None
+        self.best_weights = checkpoint.snapshot(self.model)  # those of the start, until a validation says more
         self.last_valid: Evaluation | None = None
         self.lengths = {"train": self.lengths_of(splits.train), "valid": self.lengths_of(splits.valid)}
         self.evaluate_seconds = 0.0
@@ -171,7 +171,8 @@ class Trainer:
         mine = slice(self.processes.rank * accumulation, (self.processes.rank + 1) * accumulation)
         shares = [part for rows in order[offset:] for part in _split(rows, parts)[mine]]
         task, processor = self.splits.task, self.pretrained.processor
-        loader = iter(make_loader(data, task, processor, shares, train=True, seed=self.seed, epoch=number))
+        options = {"train": True, "seed": self.seed, "epoch": number, "augment": self.settings.augment}
+        loader = iter(make_loader(data, task, processor, shares, **cast(Any, options)))
         while micro_batches := list(itertools.islice(loader, accumulation)):
             yield micro_batches
 
@@ -283,17 +284,14 @@ class Trainer:
         if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
             self.save_checkpoint()
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, dataset: Dataset | None = None) -> Evaluation:
+        """Evaluate a data set, by default the validation part, with the weights as they are."""
         begin = time.monotonic()
+        options = {"loss": self.loss, "batch_size": 4 * self.settings.batch_size, "own_metrics": self.own_metrics}
+        lengths = self.lengths["valid"] if dataset is None else self.lengths_of(dataset)
+        data = self.splits.valid if dataset is None else dataset
         result = evaluate(
-            self.pretrained,
-            self.splits.valid,
-            self.splits.task,
-            self.processes,
-            loss=self.loss,
-            batch_size=4 * self.settings.batch_size,
-            lengths=self.lengths["valid"],
-            own_metrics=self.own_metrics,
+            self.pretrained, data, self.splits.task, self.processes, lengths=lengths, **cast(Any, options)
         )
         self.evaluate_seconds += time.monotonic() - begin
         return result
@@ -302,9 +300,8 @@ class Trainer:
         """Leave the best weights in the model; their evaluation, and which they are ("last", "average", "epoch N")."""
         best = self.progress.best
         if diverged:
-            if self.best_weights is not None:
-                checkpoint.restore(self.model, self.best_weights)
-            return self.evaluate(), f"epoch {best['epoch']}" if best else "none"
+            checkpoint.restore(self.model, self.best_weights)
+            return self.evaluate(), f"epoch {best['epoch']}" if best else "start"
         valid, kept = self.last_valid or self.evaluate(), "last"
         if self.average is not None:
             last = checkpoint.snapshot(self.model)
@@ -314,7 +311,7 @@ class Trainer:
                 valid, kept = averaged, "average"
             else:
                 checkpoint.restore(self.model, last)
-        if best is not None and self.best_weights is not None and clearly_better(best, valid):
+        if best is not None and clearly_better(best, valid):
             checkpoint.restore(self.model, self.best_weights)
             valid, kept = self.evaluate(), f"epoch {best['epoch']}"
         return valid, kept
@@ -324,9 +321,7 @@ class Trainer:
             torch.tensor(state, dtype=torch.uint8) for state in self.processes.gather([torch.get_rng_state().tolist()])
         ]
         if self.processes.is_main:
-            weights = {"model": checkpoint.snapshot(self.model)}
-            if self.best_weights is not None:
-                weights["best"] = self.best_weights
+            weights = {"model": checkpoint.snapshot(self.model), "best": self.best_weights}
             if self.average is not None:
                 weights["average"] = checkpoint.snapshot(self.average)
             checkpoint.save(
@@ -346,7 +341,7 @@ class Trainer:
         if path is not None:
             weights, optimizer, rng, progress = checkpoint.load(path)
             checkpoint.restore(self.model, weights["model"])
-            self.best_weights = weights.get("best")
+            self.best_weights = weights["best"]
             if "average" in weights:
                 self.average = new_average(self.model)
                 self.average.load_state_dict(weights["average"])

@@ -16,7 +16,8 @@ def test_the_dials_are_these() -> None:
     """A new dial needs a measurement that calls for it."""
     assert DIALS == (
         "lr", "span", "head_lr", "weight_decay", "betas", "eps", "batch_size", "accumulation", "epochs", "head_epochs",
-        "clip", "freeze_batchnorm", "pct_start", "div_factor", "ema", "unfreezing", "precision",
+        "clip", "freeze_batchnorm", "pct_start", "div_factor", "ema", "augment",
+        "unfreezing", "precision",
     )  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def test_every_dial_has_a_value_and_a_reason(modality: str, rows: int) -> None:
         assert entry["value"] is not None and entry["by"] == "rule" and len(entry["reason"]) > 5, name
         if name in DEFAULTS:
             assert (entry["value"], entry["reason"]) == DEFAULTS[name][modality]
-    assert 16 <= table["batch_size"]["value"] <= 32 and 3 <= table["epochs"]["value"] <= 10
+    assert 16 <= table["batch_size"]["value"] <= 32 and 3 <= table["epochs"]["value"] <= 30
     assert 0 < table["head_epochs"]["value"] <= table["epochs"]["value"] / 2
     json.dumps(table)
 
@@ -37,13 +38,13 @@ def test_every_dial_has_a_value_and_a_reason(modality: str, rows: int) -> None:
 def test_small_data_gets_smaller_batches_and_more_epochs() -> None:
     chosen = [choose_settings("image", rows) for rows in (100, 400, 2_000, 50_000)]
     assert [s.batch_size for s in chosen] == [16, 16, 32, 32]
-    assert [s.epochs for s in chosen] == [10.0, 8.0, 3.0, 3.0]
+    assert [s.epochs for s in chosen] == [20.0, 8.0, 3.0, 3.0]
 
 
 GIVEN: dict[str, Any] = {
     "lr": 7e-4, "span": 3.0, "head_lr": 2e-3, "weight_decay": 0.2, "betas": (0.8, 0.95), "eps": 1e-6, "batch_size": 5,
     "accumulation": 4, "epochs": 1.5, "head_epochs": 0.25, "clip": 0.0, "freeze_batchnorm": False, "pct_start": 0.45,
-    "div_factor": 2.0, "ema": False, "unfreezing": "none", "precision": "bf16",
+    "div_factor": 2.0, "ema": False, "augment": "none", "unfreezing": "none", "precision": "bf16",
 }  # fmt: skip
 
 
