@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def commands(data: Path) -> list[tuple[str, list[str]]]:
-    """(name, recipe and its options) of every run, short ones first."""
+    """(name, recipe and its options) of every run, the short ones of each modality first."""
     weights = {backbone: f"local-dir:{data / 'weights' / backbone}" for backbone in BACKBONES}
     text = [(name, "minilm", ["text_classification.py", "--data", str(data / "text" / name)]) for name in TEXT]
     text.insert(3, ("wnut17", "minilm", ["token_classification.py", "--data", str(data / "text" / "wnut17")]))
@@ -53,10 +53,8 @@ def commands(data: Path) -> list[tuple[str, list[str]]]:
     cells = [str(data / "vision" / "bccd_multilabel" / f"{part}.csv") for part in ("train", "test")]
     image[4:4] = [("bccd counts and presence", backbone, ["custom_head.py", "--data", cells[0], "--test", cells[1]])
                   for backbone in BACKBONES]  # fmt: skip
-    runs = [run for pair in zip(image, text, strict=False) for run in pair]
-    runs += image[len(text) :]
     return [(f"{name} / {backbone}", [*command, "--backbone", weights.get(backbone, backbone)])
-            for name, backbone, command in runs]  # fmt: skip
+            for name, backbone, command in [*text, *image]]  # fmt: skip
 
 
 def one_run(command: list[str]) -> dict[str, Any]:

@@ -480,17 +480,17 @@ def test_a_run_of_measured_length_goes_on_with_the_same_plan(
     assert steps_of(tmp_path / "parts") == steps_of(tmp_path / "whole")
 
 
-def test_an_interrupted_run_leaves_ones_own_model_usable(
-    tables: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [{}, {"settings": {"unfreezing": "chain"}}, {"lr": -1.0}])
+def test_a_run_that_fails_leaves_ones_own_model_usable(
+    tables: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    """In a notebook the same loaded backbone is given again."""
+    """In a notebook the same loaded backbone is given again, after Ctrl-C or a mended option."""
     splits = finetune.load_table(tables, text="text", label="score", task="regression")
     pretrained = finetune.load_backbone(bert, splits.task)
     plain = finetune.load_backbone(bert, splits.task).model
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting, "scaled_loss", lambda _: Ctrl(splits, 0))
-        with pytest.raises(KeyboardInterrupt):
-            finetune.fit(splits, pretrained, out=tmp_path / "run", **FAST)
+    monkeypatch.setattr(fitting, "scaled_loss", lambda _: Ctrl(splits, 0))
+    with pytest.raises(PlanError if options else KeyboardInterrupt):
+        finetune.fit(splits, pretrained, out=tmp_path / "run", **{**FAST, **options})
     assert [len(module._forward_hooks) for module in pretrained.model.modules()] == [
         len(module._forward_hooks) for module in plain.modules()
     ]
@@ -584,6 +584,7 @@ def test_overwrite(square_splits: Splits, resnet: Path, tmp_path: Path) -> None:
         ({"settings": {"unfreezing": "chain"}}, "unfreezing='chain': must be one of none, head_then_all"),
         ({"settings": {"pct_start": 1.0}}, "pct_start=1.0: must lie above 0 and below 1"),
         ({"plan": finetune.Plan(finetune.Stage("layer9", epochs=1))}, "'layer9': no such layer group"),
+        ({"batch_size": 8, "settings": {"accumulation": 8}}, "batch_size=8: the shortest batch has 5 examples, too"),
     ],
 )
 def test_options_that_make_no_sense(

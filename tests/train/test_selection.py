@@ -34,7 +34,8 @@ def test_the_mean_score_decides_and_then_the_loss() -> None:
     [
         ([1] * 100, [1] * 100, False),  # the same
         ([1] * 100, [1] * 99 + [0], False),  # one row: as large as its own standard error
-        ([1] * 100, [1] * 98 + [0] * 2, True),
+        ([1] * 100, [1] * 97 + [0] * 3, False),  # three rows: less than two standard errors
+        ([1] * 100, [1] * 94 + [0] * 6, True),
         ([1] * 50 + [0] * 50, [0] * 49 + [1] * 51, False),  # as many won as lost
         ([1] * 56 + [0] * 44, [0] * 50 + [1] * 50, False),  # won 50 and lost 44: within the noise
         ([1] * 60 + [0] * 40, [0] * 45 + [1] * 55, False),
