@@ -106,10 +106,9 @@ def fit(
     say(f"Backbone  {name}, {weights / 1e6:.3g} M parameters, {len(groups)} layer groups")
 
     loss_function = loss if loss is not None else default_loss(splits.task)
-    unscale = None
-    if loss is None and splits.task.kind == "regression":
-        mean_K, std_K = target_scale(splits.train["target"][:])
-        loss_function, unscale = scaled_loss(std_K), scale_outputs(pretrained, mean_K, std_K)
+    scale = target_scale(splits.train["target"][:]) if loss is None and splits.task.kind == "regression" else None
+    if scale is not None:
+        loss_function = scaled_loss(scale[1])
     chosen = choose_settings(
         splits.task.modality, len(splits.train), precision=native_precision(pretrained.model), given=given
     )
@@ -133,10 +132,6 @@ def fit(
     for number, line in enumerate(str(resolved).splitlines()):
         say(f"{'Plan' if number == 0 else '':<9} {line}")
 
-    record = starting_record(splits, pretrained, chosen, identity, processes.count, seed)
-    if processes.is_main:
-        write_record(folder, record)
-        splits.report.left_out_csv(folder / "left_out.csv")
     trainer = Trainer(
         pretrained,
         splits,
@@ -150,7 +145,12 @@ def fit(
         own_metrics=metrics,
         say=say,
     )
+    record = starting_record(splits, pretrained, chosen, identity, processes.count, seed)
+    if processes.is_main:
+        write_record(folder, record)
+        splits.report.left_out_csv(folder / "left_out.csv")
     test, began = None, time.monotonic()
+    unscale = scale_outputs(pretrained, *scale) if scale is not None else None
     try:
         outcome = trainer.run()
         train_seconds = time.monotonic() - began - outcome.evaluate_seconds

@@ -100,6 +100,13 @@ class Trainer:
         self.last_valid: Evaluation | None = None
         self.lengths = {"train": self.lengths_of(splits.train), "valid": self.lengths_of(splits.valid)}
         self.evaluate_seconds = 0.0
+        order = epoch_order(len(splits.train), settings.batch_size, seed=seed, epoch=0)
+        shortest = min(map(len, _without_remainder(order, settings.batch_size)))
+        if shortest < processes.count * settings.accumulation:
+            raise PlanError(
+                f"batch_size={settings.batch_size}: the shortest batch has {shortest} examples, too few for "
+                f"{processes.count} processes with accumulation={settings.accumulation}; give a larger batch_size"
+            )
         self.pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
         self.log: Any = None
 
@@ -163,11 +170,6 @@ class Trainer:
         order = epoch_order(len(data), batch_size, seed=self.seed, epoch=number, lengths=self.lengths["train"])
         order = _without_remainder(order, batch_size)
         parts = self.processes.count * accumulation
-        if min(map(len, order)) < parts:
-            raise PlanError(
-                f"batch_size={batch_size}: the shortest batch has {min(map(len, order))} examples, too few for "
-                f"{self.processes.count} processes with accumulation={accumulation}; give a larger batch_size"
-            )
         mine = slice(self.processes.rank * accumulation, (self.processes.rank + 1) * accumulation)
         shares = [part for rows in order[offset:] for part in _split(rows, parts)[mine]]
         task, processor = self.splits.task, self.pretrained.processor
