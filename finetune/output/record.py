@@ -18,7 +18,7 @@ from finetune.model.backbones import Pretrained
 from finetune.plan.settings import Settings
 from finetune.plan.stages import Plan, ResolvedPlan
 from finetune.train.evaluate import Evaluation
-from finetune.train.trainer import Outcome
+from finetune.train.progress import Outcome
 
 SCHEMA = 1
 _PACKAGES = (

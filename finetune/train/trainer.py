@@ -6,7 +6,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,40 +26,11 @@ from finetune.plan.stages import Point, ResolvedPlan
 from finetune.train import checkpoint
 from finetune.train.evaluate import Evaluation, Loss, Metrics, as_float, evaluate
 from finetune.train.processes import Processes
+from finetune.train.progress import Diverged, Outcome, Progress
 from finetune.train.selection import averaged_weights, averages_at, candidate, clearly_better, new_average, standing
 
 FLUSH_STEPS = 20  # On a GPU, losses are read back this seldom: reading one waits for the device.
 CHECKPOINT_SECONDS = 60.0
-
-
-class Diverged(Exception):
-    """The loss left the region where training makes sense; holds the plain sentence that says so."""
-
-
-@dataclass
-class Progress:
-    """Where training stands: all that a checkpoint holds besides weights, optimizer and random numbers."""
-
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    stage_seconds: list[float] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    first_loss: float | None = None
-    smooth_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What training left: `kept` says which weights the model now holds ("last", "average", or "epoch N"), `status` is
-    "finished" or "diverged", `why` the sentence to show for it."""
-
-    history: list[dict[str, Any]]
-    stage_seconds: list[float]
-    valid: Evaluation
-    kept: str
-    status: str
-    why: str
-    evaluate_seconds: float
 
 
 class Trainer:

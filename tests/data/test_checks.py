@@ -1,5 +1,4 @@
 import csv
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,11 +229,3 @@ def test_report_in_words_and_as_csv(table: Make, tmp_path: Path):
     report.left_out_csv(tmp_path / "left_out.csv")
     with (tmp_path / "left_out.csv").open() as file:
         assert list(csv.reader(file)) == [["id", "split", "reason"], ["reviews.csv:23", "train", "no label in 'label'"]]
-
-
-def test_ten_thousand_rows_take_less_than_three_seconds(table: Make):
-    rows = [f"row {i} {'some more words in it ' * 5},{i % 20}" for i in range(10_000)]
-    path = table("\n".join(["text,label", *rows]))
-    began = time.process_time()
-    assert load_table(path).n == {"train": 8500, "valid": 1500}
-    assert time.process_time() - began < 3

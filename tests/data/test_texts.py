@@ -1,8 +1,6 @@
-import time
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -84,13 +82,3 @@ def test_texts_are_tokenised_once(tokenizer: Tokenizer, monkeypatch: pytest.Monk
     other = make(text=["the dog", "cat"])
     assert tokenized(other, SINGLE, tokenizer) is not tokenized(data, SINGLE, tokenizer)
     assert len(calls) == 2
-
-
-def test_a_batch_costs_little(tokenizer: Tokenizer):
-    data = make(text=[f"the cat sat on a {'big ' * (i % 60)}mat" for i in range(2000)])
-    tokens = texts.tokenize(data, SINGLE, tokenizer)
-    rows = np.random.default_rng(0).integers(0, 2000, (100, 32)).tolist()
-    began = time.process_time()
-    for batch in rows:
-        tokens.batch(batch)
-    assert (time.process_time() - began) / 100 < 0.002  # seconds a batch of 32

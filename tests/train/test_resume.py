@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss
 from finetune.train import selection, trainer
+from finetune.train.evaluate import Evaluation
 from finetune.train.trainer import Outcome, Trainer
 from tests.train.runs import differences, make, state, steps
 
@@ -128,6 +130,30 @@ def test_interrupted_twice(kinds: dict[str, Kind], tmp_path: Path) -> None:
     resumed = make(splits, backbone, tmp_path / "parts")
     assert everything(resumed, resumed.run()) == kinds["text"].expected
     assert not differences(state(resumed), state(kinds["text"].whole))
+
+
+def test_the_best_weights_of_before_can_be_kept(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    """They are those of an epoch that the resumed process has never seen."""
+    splits, backbone = kinds["text"].splits, kinds["text"].backbone
+    good, poor = (Evaluation(None, None, 1.0, {"loss": 1.0}, np.full(20, score)) for score in (1.0, 0.0))
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def scripted(run: Trainer, script: list[Evaluation]) -> Trainer:
+        def evaluate() -> Evaluation:
+            weights.append(state(run))
+            if not script:
+                raise KeyboardInterrupt
+            return script.pop(0)
+
+        run.evaluate = evaluate  # type: ignore[method-assign, assignment]
+        return run
+
+    with pytest.raises(KeyboardInterrupt):
+        scripted(make(splits, backbone, tmp_path), [good, poor]).run()
+    resumed = scripted(make(splits, backbone, tmp_path), [poor, poor, poor, good])  # two epochs, average, best
+    outcome = resumed.run()
+    assert outcome.kept == "epoch 1" and outcome.valid is good
+    assert not differences(state(resumed), weights[0]) and differences(weights[0], weights[1])
 
 
 def test_time_spent_before_counts(kinds: dict[str, Kind], tmp_path: Path) -> None:
