@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Small models on few cores: one thread each is faster than threads that wait for each other.
+# Threads that wait by spinning stand still when another program takes a core (see LOG.md): let them sleep.
+export OMP_WAIT_POLICY = PASSIVE
 THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: demo test check setup clean

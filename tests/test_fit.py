@@ -201,6 +201,22 @@ def test_the_weights_are_those_of_the_seed(square_splits: Splits, resnet: Path, 
     assert steps_of(tmp_path / "a") == steps_of(tmp_path / "b") != steps_of(tmp_path / "c")
 
 
+def test_the_seed_is_that_of_the_head_and_of_the_order(square_splits: Splits, resnet: Path, tmp_path: Path) -> None:
+    still = {**FAST, "lr": 1e-9, "settings": {"ema": False}}
+    heads = [
+        finetune.fit(square_splits, resnet, out=tmp_path / f"head{seed}", seed=seed, **still)
+        .pretrained.model.get_parameter("fc.weight")
+        .detach()
+        for seed in (5, 6)
+    ]
+    assert float((heads[0] - heads[1]).abs().max()) > 1e-2
+    for seed in (5, 6):  # the same head, other rows in the first batch
+        loaded = finetune.load_backbone(resnet, square_splits.task)
+        finetune.fit(square_splits, loaded, out=tmp_path / f"order{seed}", seed=seed, **still)
+    first = [steps_of(tmp_path / f"order{seed}")[0]["loss"] for seed in (5, 6)]
+    assert abs(first[0] - first[1]) > 1e-6
+
+
 # Other kinds of tasks
 
 
