@@ -20,8 +20,8 @@ _HOMES = {
     "Task": "finetune.data.task",
     "DataReport": "finetune.data.checks",
     "load_backbone": "finetune.model.backbones",
-    "Pretrained": "finetune.model.backbones",
-    "Preprocessing": "finetune.model.backbones",
+    "Pretrained": "finetune.model.pretrained",
+    "Preprocessing": "finetune.model.pretrained",
     "layer_groups": "finetune.model.groups",
     "LayerGroup": "finetune.model.groups",
     "LayerGroups": "finetune.model.groups",
@@ -51,8 +51,9 @@ if TYPE_CHECKING:
     from finetune.data.task import Task
     from finetune.errors import BackboneError, DataError, FinetuneError, PlanError, RunError
     from finetune.fitting import fit
-    from finetune.model.backbones import Preprocessing, Pretrained, load_backbone
+    from finetune.model.backbones import load_backbone
     from finetune.model.groups import LayerGroup, LayerGroups, layer_groups
+    from finetune.model.pretrained import Preprocessing, Pretrained
     from finetune.output.predict import load
     from finetune.plan.onecycle import Flat, LinearDecay, OneCycle
     from finetune.plan.rates import geometric_rates, param_groups

@@ -14,10 +14,11 @@ from finetune.data.sources import load_dataset
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss
 from finetune.errors import DataError, PlanError
-from finetune.model.backbones import Pretrained, load_backbone
+from finetune.model.backbones import load_backbone
 from finetune.model.groups import LayerGroups, layer_groups
 from finetune.model.heads import Head
 from finetune.model.outputs import scale_outputs, scaled_loss, target_scale
+from finetune.model.pretrained import Pretrained
 from finetune.output.export import save_pretrained
 from finetune.output.record import describe_run, identity_of, starting_record, test_predictions, versions
 from finetune.plan.probes import epochs_in, seconds_per_step

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.task import Task
-from finetune.model.backbones import Pretrained
+from finetune.model.pretrained import Pretrained
 from finetune.output.export import save_pretrained
 from finetune.output.predict import Prediction, Predictor
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_type_checkers_see_the_same_names() -> None:
     seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert sorted(seen) == NAMES
     for name, module in seen.items():
-        assert getattr(sys.modules[str(module)], name) is getattr(finetune, name)
+        assert getattr(import_module(str(module)), name) is getattr(finetune, name)
 
 
 def test_no_other_name_is_there() -> None:

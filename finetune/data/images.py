@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from finetune.model.backbones import Preprocessing
+    from finetune.model.pretrained import Preprocessing
 
 CROP_SCALE = (0.35, 1.0)  # share of the area that a training crop keeps
 CROP_RATIO = (3 / 4, 4 / 3)

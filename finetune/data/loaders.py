@@ -22,7 +22,7 @@ from finetune.data.texts import tokenized
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.model.backbones import Preprocessing
+    from finetune.model.pretrained import Preprocessing
 
 POOL = 50  # batches among which examples are sorted by length
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from finetune.data.task import Task
 from finetune.errors import BackboneError
-from finetune.model.backbones import Preprocessing, Pretrained, with_head
 from finetune.model.fetch import Source, quiet
 from finetune.model.heads import Head, reset, seeded
+from finetune.model.pretrained import Preprocessing, Pretrained, with_head
 
 
 def load(

@@ -20,9 +20,9 @@ from transformers.models.auto import modeling_auto
 
 from finetune.data.task import Task
 from finetune.errors import BackboneError
-from finetune.model.backbones import Preprocessing, Pretrained, with_head
 from finetune.model.fetch import Source, quiet
 from finetune.model.heads import Head, reset, seeded
+from finetune.model.pretrained import Preprocessing, Pretrained, with_head
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers

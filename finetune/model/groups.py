@@ -20,7 +20,7 @@ from finetune.model.division import Division, by_execution, by_spec, prefixes, w
 from finetune.model.tracing import Trace, trace
 
 if TYPE_CHECKING:
-    from finetune.model.backbones import Pretrained
+    from finetune.model.pretrained import Pretrained
 
 
 @dataclass(frozen=True)

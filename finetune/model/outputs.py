@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.model.backbones import Pretrained
+from finetune.model.pretrained import Pretrained
 
 
 def scale_outputs(pretrained: Pretrained, mean_K: Tensor, std_K: Tensor) -> Callable[[], None] | None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from finetune.data.task import Task
 from finetune.errors import RunError
-from finetune.model.backbones import Preprocessing, Pretrained
 from finetune.model.fetch import quiet
 from finetune.model.heads import WithHead
+from finetune.model.pretrained import Preprocessing, Pretrained
 
 NOTES = "finetune.json"
 

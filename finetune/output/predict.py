@@ -16,9 +16,10 @@ from finetune.data.images import BadImage, eval_transform, open_image, to_rgb
 from finetune.data.task import Task, predictions
 from finetune.data.texts import tokenize
 from finetune.errors import BackboneError, RunError
-from finetune.model.backbones import Preprocessing, Pretrained, linear_head, load_backbone
+from finetune.model.backbones import linear_head, load_backbone
 from finetune.model.fetch import Source, locate, read_notes
 from finetune.model.heads import Head
+from finetune.model.pretrained import Preprocessing, Pretrained
 from finetune.output.inputs import named_inputs, pair, words
 
 THRESHOLD = 0.5  # of a label's probability, where several labels can be right

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from finetune.data.splits import Splits
 from finetune.data.task import Task, predictions
-from finetune.model.backbones import Pretrained
+from finetune.model.pretrained import Pretrained
 from finetune.plan.settings import Settings
 from finetune.plan.stages import Plan, ResolvedPlan
 from finetune.train.evaluate import Evaluation

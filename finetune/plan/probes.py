@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from finetune.data.loaders import Batch
-from finetune.model.backbones import Pretrained
 from finetune.model.groups import LayerGroups, set_mode, set_trainable
+from finetune.model.pretrained import Pretrained
 
 
 def seconds_per_step(

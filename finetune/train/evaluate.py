@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from finetune.data.loaders import epoch_order, make_loader
 from finetune.data.task import Task, metrics, per_example_score, units
-from finetune.model.backbones import Pretrained
+from finetune.model.pretrained import Pretrained
 from finetune.train.processes import Processes
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]

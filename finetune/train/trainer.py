@@ -18,8 +18,8 @@ from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
 from finetune.data.splits import Splits
 from finetune.data.task import units
 from finetune.errors import PlanError
-from finetune.model.backbones import Pretrained
 from finetune.model.groups import LayerGroups, set_mode, set_trainable
+from finetune.model.pretrained import Pretrained
 from finetune.plan.rates import param_groups
 from finetune.plan.settings import Settings
 from finetune.plan.stages import Point, ResolvedPlan

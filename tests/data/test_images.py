@@ -22,7 +22,7 @@ from finetune.data.images import (
     to_rgb,
     train_transform,
 )
-from finetune.model.backbones import Preprocessing
+from finetune.model.pretrained import Preprocessing
 
 Picture = Callable[..., Image.Image]
 PRE = Preprocessing(size=(24, 24), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
 from finetune.data.sources import load_images, load_table
-from finetune.model.backbones import Preprocessing
+from finetune.model.pretrained import Preprocessing
 
 PRE = Preprocessing(size=(16, 20), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bilinear")
 Make = Callable[..., Path]

@@ -29,7 +29,8 @@ from finetune.data.images import eval_transform
 from finetune.data.task import Task
 from finetune.errors import BackboneError
 from finetune.model import fetch
-from finetune.model.backbones import Preprocessing, load_backbone
+from finetune.model.backbones import load_backbone
+from finetune.model.pretrained import Preprocessing
 from tests.tiny import bert_config, bert_folder, timm_folder, tokenizer, vit_folder
 
 DATA = Path(os.environ.get("FINETUNE_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from finetune.data.task import Task
 from finetune.errors import BackboneError
-from finetune.model.backbones import Preprocessing, load_backbone
+from finetune.model.backbones import load_backbone
 from finetune.model.heads import WithHead, measure, pooled_features
+from finetune.model.pretrained import Preprocessing
 from tests.tiny import bert_folder, timm_folder, vit_folder
 
 

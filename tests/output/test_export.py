@@ -20,7 +20,8 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from finetune.data.images import eval_transform
 from finetune.data.task import Task
 from finetune.errors import RunError
-from finetune.model.backbones import Preprocessing, Pretrained, load_backbone
+from finetune.model.backbones import load_backbone
+from finetune.model.pretrained import Preprocessing, Pretrained
 from finetune.output.export import save_pretrained
 from tests.tiny import bert_folder, timm_folder, tokenizer, vit_folder
 

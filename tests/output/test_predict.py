@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from finetune.data.images import eval_transform
 from finetune.data.task import Task, predictions
 from finetune.errors import BackboneError, DataError, RunError
-from finetune.model.backbones import Preprocessing, Pretrained, load_backbone
+from finetune.model.backbones import load_backbone
+from finetune.model.pretrained import Preprocessing, Pretrained
 from finetune.output.export import save_pretrained
 from finetune.output.predict import Prediction, Predictor, load
 from tests.tiny import bert_folder, timm_folder, vit_folder

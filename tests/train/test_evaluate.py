@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from finetune.data.loaders import make_loader, text_lengths
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss, metrics
-from finetune.model.backbones import Pretrained, load_backbone
+from finetune.model.backbones import load_backbone
+from finetune.model.pretrained import Pretrained
 from finetune.train.evaluate import as_float, evaluate
 from finetune.train.processes import Processes, start_processes
 
