@@ -46,6 +46,8 @@ class Stage:
         length = self.epochs if self.epochs is not None else self.steps
         if length is None or not length > 0:
             raise PlanError(f"Stage: its length must be above 0, not {length}")
+        if self.steps is not None and self.steps != int(self.steps):
+            raise PlanError(f"Stage: steps={self.steps} must be a whole number; epochs may be a fraction")
         if not self.lr_scale > 0.0:
             raise PlanError(f"Stage: lr_scale={self.lr_scale} must be above 0; freeze groups with open_from instead")
 
@@ -78,6 +80,8 @@ class Plan(tuple[Stage, ...]):
     def __new__(cls, *stages: Stage) -> "Plan":
         if not stages:
             raise PlanError("Plan: give at least one Stage")
+        if not all(isinstance(stage, Stage) for stage in stages):
+            raise PlanError("Plan: give stages one by one, as Plan(Stage(...), Stage(...))")
         return super().__new__(cls, stages)
 
     def __getnewargs__(self) -> tuple[Stage, ...]:

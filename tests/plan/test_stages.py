@@ -185,3 +185,13 @@ def test_printing() -> None:
         ["head", "10", "1", "1", "of", "5:", "head", "0.5", "->", "head", "0.5"],
         ["all", "30", "3", "5", "of", "5:", "stem", "1e-05", "->", "head", "0.1"],
     ]
+
+
+def test_stages_are_given_one_by_one() -> None:
+    with pytest.raises(PlanError, match=r"^Plan: give stages one by one, as Plan\(Stage\(...\), Stage\(...\)\)$"):
+        Plan([Stage(0, epochs=1)])  # type: ignore[arg-type]
+
+
+def test_steps_are_whole() -> None:
+    with pytest.raises(PlanError, match="^Stage: steps=2.5 must be a whole number; epochs may be a fraction$"):
+        Stage(0, steps=2.5)  # type: ignore[arg-type]
