@@ -26,7 +26,7 @@ from finetune.data.loaders import epoch_order, make_loader
 from finetune.data.task import default_loss
 from finetune.train.evaluate import evaluate
 from finetune.train.processes import native_precision, start_processes
-from finetune.train.trainer import steps_per_epoch
+from finetune.train.trainer import steps_per_epoch, without_remainder
 
 RESULTS = Path(__file__).parent / "results" / "compare_plain.json"
 IMAGE_SIZE = 112  # pixels; smaller than the checkpoints' 224 so that two cores can do it
@@ -121,7 +121,7 @@ def plain(pretrained: finetune.Pretrained, splits: finetune.Splits, seed: int) -
     while done < steps:
         epoch = done // steps_per_epoch(len(splits.train), defaults.batch_size)
         order = epoch_order(len(splits.train), defaults.batch_size, seed=seed, epoch=epoch)
-        order = [rows for rows in order if 2 * len(rows) >= defaults.batch_size]
+        order = without_remainder(order, defaults.batch_size)
         model.train()
         loader = make_loader(splits.train, splits.task, pretrained.processor, order, train=True, seed=seed, epoch=epoch)
         for batch in loader:

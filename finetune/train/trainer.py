@@ -71,7 +71,7 @@ class Trainer:
         self.lengths = {"train": self.lengths_of(splits.train), "valid": self.lengths_of(splits.valid)}
         self.evaluate_seconds = 0.0
         order = epoch_order(len(splits.train), settings.batch_size, seed=seed, epoch=0)
-        shortest = min(map(len, _without_remainder(order, settings.batch_size)))
+        shortest = min(map(len, without_remainder(order, settings.batch_size)))
         if shortest < processes.count * settings.accumulation:
             raise PlanError(
                 f"batch_size={settings.batch_size}: the shortest batch has {shortest} examples, too few for "
@@ -138,7 +138,7 @@ class Trainer:
         data, batch_size, accumulation = self.splits.train, self.settings.batch_size, self.settings.accumulation
         number = sum(math.ceil(before.steps / self.plan.steps_per_epoch) for before in self.plan.stages[:stage]) + epoch
         order = epoch_order(len(data), batch_size, seed=self.seed, epoch=number, lengths=self.lengths["train"])
-        order = _without_remainder(order, batch_size)
+        order = without_remainder(order, batch_size)
         parts = self.processes.count * accumulation
         mine = slice(self.processes.rank * accumulation, (self.processes.rank + 1) * accumulation)
         shares = [part for rows in order[offset:] for part in _split(rows, parts)[mine]]
@@ -332,7 +332,7 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return max(1, whole + (2 * rest >= batch_size))
 
 
-def _without_remainder(order: list[list[int]], batch_size: int) -> list[list[int]]:
+def without_remainder(order: list[list[int]], batch_size: int) -> list[list[int]]:
     """The epoch's batches without one of less than half the size: a full step on a few examples is mostly noise, and
     batch statistics of one example do not exist. Which rows are left out changes with the epoch."""
     return [rows for rows in order if 2 * len(rows) >= batch_size] or order
