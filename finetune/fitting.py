@@ -15,6 +15,7 @@ from finetune.data.splits import Splits
 from finetune.data.task import default_loss
 from finetune.errors import DataError, PlanError
 from finetune.model.backbones import load_backbone
+from finetune.model.convex import linear_head_name
 from finetune.model.groups import LayerGroups, layer_groups
 from finetune.model.heads import Head
 from finetune.model.outputs import scale_outputs, scaled_loss, target_scale
@@ -23,7 +24,7 @@ from finetune.output.export import save_pretrained
 from finetune.output.record import describe_run, identity_of, starting_record, test_predictions, versions
 from finetune.plan.probes import epochs_in, seconds_per_step
 from finetune.plan.rates import geometric_rates
-from finetune.plan.settings import Settings, choose_settings
+from finetune.plan.settings import Settings, choose_settings, from_solved_head
 from finetune.plan.stages import Plan
 from finetune.run import Run
 from finetune.train.evaluate import Loss, Metrics
@@ -114,6 +115,11 @@ def fit(
         splits.task.modality, len(splits.train), precision=native_precision(pretrained.model), given=given
     )
     processes = replace(processes, precision=chosen.precision)
+    layer, reason = _solvable(pretrained, groups, splits, chosen, loss, plan)
+    if layer is None:
+        chosen = chosen.changed(reason, by="rule", solve_head=False)
+    elif plan is None:
+        chosen = from_solved_head(chosen, splits.task.modality, len(splits.train))
     setup_seconds = time.monotonic() - started
     if minutes is not None and resuming:  # a resumed run keeps the length that it began with
         before = read_record(folder)["settings"]
@@ -144,6 +150,7 @@ def fit(
         processes=processes,
         seed=seed,
         own_metrics=metrics,
+        solvable=layer,
         say=say,
     )
     record = starting_record(splits, pretrained, chosen, identity, processes.count, seed)
@@ -154,7 +161,7 @@ def fit(
     unscale = scale_outputs(pretrained, *scale) if scale is not None else None
     try:
         outcome = trainer.run()
-        train_seconds = time.monotonic() - began - outcome.evaluate_seconds
+        train_seconds = time.monotonic() - began - outcome.evaluate_seconds - trainer.head_seconds
         if outcome.status != "finished":
             say(f"Stopped   {outcome.why}; the weights of {outcome.kept} are kept")
         if splits.test is not None:
@@ -171,11 +178,12 @@ def fit(
         "total": time.monotonic() - started,
         "setup": setup_seconds,
         "probes": probe_seconds,
+        "head": trainer.head_seconds,
         "train": train_seconds,
         "evaluate": trainer.evaluate_seconds,
         "export": time.monotonic() - exporting,
     }
-    record |= describe_run(outcome, test, resolved, len(splits.train), seconds, processes.device) | {
+    record |= describe_run(outcome, test, trainer.plan, len(splits.train), seconds, processes.device) | {
         "versions": versions()
     }
     if processes.is_main:
@@ -185,6 +193,27 @@ def fit(
     for line in _result_lines(record, folder):
         say(line)
     return Run(folder, record, pretrained, splits.task, outcome.history, processes.is_main)
+
+
+def _solvable(
+    pretrained: Pretrained,
+    groups: LayerGroups,
+    splits: Splits,
+    settings: Settings,
+    loss: Loss | None,
+    plan: Plan | None,
+) -> tuple[str | None, str]:
+    """The linear layer whose optimum training starts from, or None and why it does not."""
+    asked = settings.reasons["solve_head"][1] == "user"
+    if not settings.solve_head:
+        return None, settings.reasons["solve_head"][0]
+    if loss is not None:
+        return None, "a loss of one's own is trained by gradients"
+    if not asked and (plan is not None or settings.reasons["head_epochs"][1] == "user"):
+        return None, "the user gives the head a stage of its own"
+    loader = make_loader(splits.train, splits.task, pretrained.processor, [[0, len(splits.train) - 1]], train=False)
+    inputs = next(iter(loader)).to(next(pretrained.model.parameters()).device).inputs
+    return linear_head_name(pretrained, groups, inputs)
 
 
 def _fit_into(
@@ -205,18 +234,19 @@ def _fit_into(
     )
     per_epoch = steps_per_epoch(len(splits.train), settings.batch_size)
     validation = head * len(splits.valid) / settings.batch_size / processes.count
+    solving = head * len(splits.train) / settings.batch_size / processes.count if settings.solve_head else 0.0
     epochs = epochs_in(
-        0.9 * seconds,
+        0.9 * (seconds - solving - validation),
         steps_per_epoch=per_epoch,
         step_seconds=full / processes.count,
         head_step_seconds=head / processes.count,
         evaluate_seconds=validation,
-        head_share=0.25,
+        head_share=0.0 if settings.solve_head else 0.25,
     )
     epochs = float(torch.tensor(processes.gather([epochs])).min())
     reason = f"{full:.3g} s a step, {seconds / 60:.2g} minutes left for training"
     dials: dict[str, Any] = {"epochs": round(epochs, 3)}
-    if settings.reasons["head_epochs"][1] != "user":
+    if settings.reasons["head_epochs"][1] != "user" and not settings.solve_head:
         dials["head_epochs"] = round(epochs / 4.0, 3)
     return settings.changed(reason, **dials)
 

@@ -51,9 +51,10 @@ class Network:
     modality: str = "image"
     processor: Any = None
 
-    def forward(self, batch: dict[str, Tensor]) -> Any:
+    def forward(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Any:
         """Run the model on one batch: positional for timm, by name for transformers."""
-        return self.model(**batch) if hasattr(self.model, "config") else self.model(batch["pixel_values"])
+        model = self.model if model is None else model
+        return model(**batch) if hasattr(model, "config") else model(batch["pixel_values"])
 
 
 @dataclass

@@ -115,12 +115,14 @@ def test_run_json_has_what_scripts_read(run: Run, photos: Path, resnet: Path) ->
 
 def test_seconds_add_up(run: Run) -> None:
     seconds = record_of(run.folder)["seconds"]
-    parts = {name: seconds[name] for name in ("setup", "probes", "train", "evaluate", "export")}
+    parts = {name: seconds[name] for name in ("setup", "probes", "head", "train", "evaluate", "export")}
     assert set(seconds) == {"total", *parts} and min(parts.values()) >= 0.0
     assert sum(parts.values()) == pytest.approx(seconds["total"], abs=0.5 + 0.05 * seconds["total"])
 
 
-def test_stages_and_steps_agree(run: Run) -> None:
+def test_stages_and_steps_agree(square_splits: Splits, resnet: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**ASKED, "settings": {"solve_head": False}}
+    run = finetune.fit(square_splits, resnet, out=tmp_path / "run", **options)
     record, steps = record_of(run.folder), steps_of(run.folder)
     stages = record["stages"]
     assert [stage["name"] for stage in stages] == ["head", "all"]
@@ -146,6 +148,36 @@ def test_stages_and_steps_agree(run: Run) -> None:
     assert run.history[-1]["step"] == len(steps) and record["history"] == run.history
 
 
+def test_a_solved_head_is_what_training_begins_with(run: Run) -> None:
+    record, steps = record_of(run.folder), steps_of(run.folder)
+    assert [(stage["name"], stage["open_from"]) for stage in record["stages"]] == [("all", 0)]
+    assert record["settings"]["solve_head"] == {
+        "value": True, "by": "rule", "reason": "a linear head on frozen features has an optimum: no rate, no epochs",
+    }  # fmt: skip
+    assert record["settings"]["head_epochs"]["value"] == 0.0 and record["seconds"]["head"] > 0
+    assert [entry["epoch"] for entry in run.history] == [0, 1, 2, 3, 4, 5, 6]
+    assert (run.history[0]["stage"], run.history[0]["step"]) == ("head", 0)
+    assert run.history[0]["valid"]["accuracy"] > 0.5 and steps[0]["loss"] < 0.5 < np.log(3)  # a fresh one: log 3
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"loss": torch.nn.functional.cross_entropy}, "a loss of one's own is trained by gradients"),
+        ({"settings": {"head_epochs": 1.0}}, "the user gives the head a stage of its own"),
+        ({"plan": finetune.Plan(finetune.Stage(0, steps=2))}, "the user gives the head a stage of its own"),
+        ({"head": lambda width: torch.nn.Sequential(torch.nn.Linear(width, 4), torch.nn.Linear(4, 3))},
+         "the head is not one linear layer"),
+    ],
+)  # fmt: skip
+def test_a_head_that_is_not_solved_says_why(
+    square_splits: Splits, resnet: Path, tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    run = finetune.fit(square_splits, resnet, out=tmp_path / "run", epochs=None if "plan" in options else 2, **options)
+    assert run.record["settings"]["solve_head"] == {"value": False, "reason": reason, "by": "rule"}
+    assert run.history[0]["epoch"] == 1 and run.record["seconds"]["head"] == 0.0
+
+
 def test_left_out_rows_are_named(run: Run) -> None:
     assert rows_of(run.folder / "left_out.csv") == [
         {"id": "train/red/bad.png", "split": "train", "reason": "not an image"},
@@ -164,7 +196,7 @@ def test_predictions_are_the_models_and_the_metrics_those_of_the_predictions(run
     assert run.metrics["test"]["accuracy"] == pytest.approx(right) and right > 0.5  # three coloured noises
     names = {"accuracy", "f1_macro", "log_loss", "confusion", "loss"}
     assert set(run.metrics["test"]) == set(run.metrics["valid"]) == names
-    assert run.metrics["test"]["log_loss"] == pytest.approx(run.metrics["test"]["loss"], rel=1e-3)
+    assert run.metrics["test"]["log_loss"] == pytest.approx(run.metrics["test"]["loss"], rel=1e-3, abs=1e-6)
     predicted = run.predict([photos / row["id"] for row in rows])
     assert [one.label for one in predicted] == [row["prediction"] for row in rows]
     assert [one.score for one in predicted] == pytest.approx([float(row["probability"]) for row in rows], abs=1e-3)
@@ -202,7 +234,7 @@ def test_the_weights_are_those_of_the_seed(square_splits: Splits, resnet: Path, 
 
 
 def test_the_seed_is_that_of_the_head_and_of_the_order(square_splits: Splits, resnet: Path, tmp_path: Path) -> None:
-    still = {**FAST, "lr": 1e-9, "settings": {"ema": False}}
+    still: dict[str, Any] = {**FAST, "lr": 1e-9, "settings": {"ema": False, "solve_head": False}}
     heads = [
         finetune.fit(square_splits, resnet, out=tmp_path / f"head{seed}", seed=seed, **still)
         .pretrained.model.get_parameter("fc.weight")
@@ -281,7 +313,7 @@ def test_several_labels_a_text(tables: Path, bert: Path, tmp_path: Path) -> None
 def test_a_number_a_text(tables: Path, bert: Path, tmp_path: Path) -> None:
     """Far from 0, where a new layer that starts there would need thousands of steps."""
     splits = finetune.load_table(tables, text="text", label="score", task="regression")
-    run = finetune.fit(splits, bert, out=tmp_path / "run", **FAST)
+    run = finetune.fit(splits, bert, out=tmp_path / "run", **FAST, settings={"precision": "fp32"})
     assert set(run.metrics["test"]) == {"mae", "rmse", "spearman", "r2", "loss"}
     assert run.metrics["test"]["rmse"] < 100.0
     rows = rows_of(run.folder / "predictions" / "test.csv")
@@ -395,7 +427,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("measured")
 def test_minutes_set_the_epochs(square_splits: Splits, resnet: Path, tmp_path: Path) -> None:
-    record = finetune.fit(square_splits, resnet, out=tmp_path / "run", minutes=0.5, batch_size=8).record
+    record = finetune.fit(
+        square_splits, resnet, out=tmp_path / "run", minutes=0.5, batch_size=8, settings={"solve_head": False}
+    ).record
     epochs, head = record["settings"]["epochs"], record["settings"]["head_epochs"]
     counts = record["data"]["counts"]
     per_epoch = math.ceil(counts["train"] / 8 - 0.5)
@@ -406,6 +440,17 @@ def test_minutes_set_the_epochs(square_splits: Splits, resnet: Path, tmp_path: P
     assert epochs["by"] == head["by"] == "measured"
     assert epochs["reason"] == head["reason"] == f"1 s a step, {left / 60:.2g} minutes left for training"
     assert sum(stage["steps"] for stage in record["stages"]) == pytest.approx(epochs["value"] * per_epoch, abs=1)
+
+
+@pytest.mark.usefixtures("measured")
+def test_minutes_count_what_solving_the_head_takes(square_splits: Splits, resnet: Path, tmp_path: Path) -> None:
+    record = finetune.fit(square_splits, resnet, out=tmp_path / "run", minutes=0.5, batch_size=8).record
+    counts = record["data"]["counts"]
+    validation, per_epoch = 0.1 * counts["valid"] / 8, math.ceil(counts["train"] / 8 - 0.5)
+    left = 30.0 - record["seconds"]["setup"] - 0.1 * counts["train"] / 8 - validation
+    expected = 0.9 * left / (per_epoch + validation)
+    assert record["settings"]["epochs"]["value"] == pytest.approx(expected, rel=0.02)
+    assert record["settings"]["head_epochs"]["value"] == 0.0
 
 
 @pytest.mark.usefixtures("measured")
@@ -479,7 +524,7 @@ def test_the_same_command_goes_on_and_ends_the_same(
 def test_a_run_of_measured_length_goes_on_with_the_same_plan(
     square_splits: Splits, resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"minutes": 1.0, "batch_size": 16}
+    options: dict[str, Any] = {"minutes": 1.0, "batch_size": 16, "settings": {"solve_head": False}}
     assert len(square_splits.train) in range(24, 40)  # two steps an epoch
     monkeypatch.setattr(fitting, "epochs_in", lambda *_, **__: 5.0014)  # a quarter of it lies by half a step
     whole = finetune.fit(square_splits, resnet, out=tmp_path / "whole", **options)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from finetune.data.checks import usable_cores
+from finetune.data.decoded import DecodedCache
 from finetune.data.images import ImageInputs
 from finetune.data.task import Task
 from finetune.data.texts import tokenized
@@ -67,7 +68,7 @@ def epoch_order(
         seed: Same seed, same order.
         epoch: Number of the epoch; None for evaluation, in order of the rows, or of the lengths.
         lengths: Tokens of each row. Rows of like length then share a batch: shuffled, sorted inside pools of 50
-            batches, batches shuffled (as transformers' LengthGroupedSampler).
+            batches, batches shuffled (as transformers' LengthGroupedSampler); the short batch is of any length.
     """
     if epoch is None:
         order = np.arange(n) if lengths is None else np.argsort(np.asarray(lengths), kind="stable")
@@ -78,9 +79,34 @@ def epoch_order(
         return chop(order, batch_size)
     sizes, pool = np.asarray(lengths), POOL * batch_size
     pools = [order[start : start + pool] for start in range(0, n, pool)]
-    batches = [batch for rows in pools for batch in chop(rows[np.argsort(-sizes[rows], kind="stable")], batch_size)]
-    full = len(batches) if n % batch_size == 0 else len(batches) - 1
-    return [batches[i] for i in rng.permutation(full)] + batches[full:]
+    pools = [rows[np.argsort(-sizes[rows], kind="stable")] for rows in pools]
+    shuffled, short = rng.permutation(n // batch_size), n % batch_size
+    if short:
+        # Out of anywhere in the last pool: were it always its shortest rows, a trainer that passes over a short batch
+        # would never see the shortest rows of a data set of one pool.
+        at = int(rng.integers(len(pools[-1]) - short + 1))
+        rest, pools[-1] = pools[-1][at : at + short], np.delete(pools[-1], np.s_[at : at + short])
+    batches = [batch for rows in pools for batch in chop(rows, batch_size)]
+    return [batches[i] for i in shuffled] + ([rest.tolist()] if short else [])
+
+
+def token_batches(lengths: Sequence[int], most_tokens: int, most_rows: int) -> list[list[int]]:
+    """Row numbers of each batch for a pass without training: every row once, in order of length.
+
+    Args:
+        lengths: Tokens of each row.
+        most_tokens: Tokens that a batch may have with its padding. A row that is longer has a batch of its own.
+        most_rows: Rows that a batch may have.
+    """
+    batches: list[list[int]] = []
+    for row in np.argsort(np.asarray(lengths), kind="stable").tolist():
+        # Rows come ever longer, so this one says how far the batch would be filled up.
+        fits = batches and len(batches[-1]) < most_rows and (len(batches[-1]) + 1) * lengths[row] <= most_tokens
+        if fits:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 def chop(order: np.ndarray, batch_size: int) -> list[list[int]]:
@@ -122,6 +148,7 @@ def make_loader(
     workers: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     augment: str = "default",
+    cache: DecodedCache | None = None,
 ) -> Iterable[Batch]:
     """Return an iterable of one `Batch` for each list of rows in `batches`, in this order.
 
@@ -136,6 +163,7 @@ def make_loader(
         workers: Processes that load; by default 0 for text and on two cores, else up to 8 for images.
         image_size: Side in pixels, or (H, W), in place of the backbone's own.
         augment: "default" (random crop, left and right swapped half the time) or "none".
+        cache: Keeps decoded images for the loaders that come after; the batches are the same with and without.
 
     Raises:
         ValueError: `augment` is something else.
@@ -147,7 +175,7 @@ def make_loader(
         pre: Any = processor
         if image_size is not None:
             pre = replace(pre, size=(image_size, image_size) if isinstance(image_size, int) else tuple(image_size))
-        inputs = ImageInputs(dataset, pre, augment=train and augment == "default", seed=seed, epoch=epoch)
+        inputs = ImageInputs(dataset, pre, augment=train and augment == "default", seed=seed, epoch=epoch, cache=cache)
     else:
         text: Any = processor
         inputs = tokenized(dataset, task, text).batch

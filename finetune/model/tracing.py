@@ -95,12 +95,12 @@ class _Watch(TorchDispatchMode):
         self.first: dict[int, int] = {}
         self.needs: dict[int, int] = {}
         self.provenance: dict[int, int] = {}
-        keys = [_storage(p) for p in parameters]
+        keys = [storage_of(p) for p in parameters]
         # Code that reads `weight.data` brings another tensor object: its storage tells whose it is, if not shared.
         shares = Counter(keys)
         self.owner = {key: i for i, key in enumerate(keys) if shares[key] == 1}
         for value in inputs.values():
-            self.provenance[_storage(value)] = self.data_bit
+            self.provenance[storage_of(value)] = self.data_bit
 
     def tick(self) -> int:
         self.clock += 1
@@ -109,12 +109,12 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        entering = [] if _reads_shape_only(name) else [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        entering = [] if reads_shape_only(name) else [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         moment = self.tick()
         seen: set[int] = set()
         met, constant = 0, 0
         for tensor in entering:
-            key = _storage(tensor)
+            key = storage_of(tensor)
             seen.add(key)
             i = self.index.get(id(tensor), self.owner.get(key))
             if i is not None:
@@ -132,18 +132,19 @@ class _Watch(TorchDispatchMode):
                 self.needs.setdefault(i, met)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                key = _storage(tensor)
+                key = storage_of(tensor)
                 old = self.provenance.get(key, 0) if key in seen else 0
                 self.provenance[key] = old | met | constant
         return out
 
 
-def _reads_shape_only(name: str) -> bool:
+def reads_shape_only(name: str) -> bool:
     """True for operators that take shape, dtype and device from a tensor, but not its values (`ones_like`)."""
     return name.startswith("new_") or name.endswith("_like") or name == "lift_fresh"
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """What tells whether two tensors share their memory."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage

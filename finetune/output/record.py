@@ -90,7 +90,8 @@ def describe_run(
 ) -> dict[str, Any]:
     """What `run.json` gains when training ends."""
     stages = []
-    for planned, spent in zip(plan.stages, outcome.stage_seconds, strict=False):
+    replayed = [*outcome.replayed, *[(False, "")] * len(plan.stages)]
+    for planned, spent, (replay, why) in zip(plan.stages, outcome.stage_seconds, replayed, strict=False):
         examples = planned.steps / plan.steps_per_epoch * rows
         stages.append(
             {
@@ -100,8 +101,8 @@ def describe_run(
                 "peak_rates": [float(f"{rate:.6g}") for rate in planned.rates],
                 "seconds": round(spent, 2),
                 "examples_per_second": round(examples / spent, 2) if spent > 0 else None,
-                "replayed": False,
-                "why": "",
+                "replayed": replay,
+                "why": why,
             }
         )
     return {

@@ -136,6 +136,29 @@ class LinearDecay:
         return (steps - step) / max(1.0, steps - rise), None
 
 
+@dataclass(frozen=True)
+class Shortened:
+    """A shape that runs as it was until `begin`, and what was left of it in fewer steps: it still comes to its end.
+
+    Attributes:
+        shape: As it was.
+        begin: The first step that comes sooner.
+        length: Steps that it was made for.
+    """
+
+    shape: Shape
+    begin: int
+    length: int
+
+    def at(self, step: int, steps: int) -> tuple[float, float | None]:
+        """Share and momentum of the shape at `step` (from 0) of now `steps`."""
+        _check_step(step, steps)
+        if step < self.begin:
+            return self.shape.at(step, self.length)
+        share = (step - self.begin + 1) / (steps - self.begin)
+        return self.shape.at(round(self.begin - 1 + share * (self.length - self.begin)), self.length)
+
+
 def _check_step(step: int, steps: int) -> None:
     if not 0 <= step < steps:
         raise PlanError(f"step {step}: outside a stage of {steps} steps")

@@ -6,14 +6,14 @@ and kept as JSON. It speaks of layer groups by index (0 = stem, -1 = head) or by
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from finetune.errors import PlanError
 from finetune.model.groups import LayerGroups
-from finetune.plan.onecycle import Flat, LinearDecay, OneCycle, Shape
+from finetune.plan.onecycle import Flat, LinearDecay, OneCycle, Shape, Shortened
 
-Unfreezing = Literal["none", "head_then_all", "three_stages", "one_at_a_time"]
+Unfreezing = Literal["none", "head_then_all", "all_but_stem", "three_stages", "one_at_a_time"]
 _SHAPES: dict[str, type] = {shape.__name__: shape for shape in (OneCycle, Flat, LinearDecay)}
 
 
@@ -151,6 +151,13 @@ class ResolvedPlan:
         """First step of a stage."""
         return sum(planned.steps for planned in self.stages[:stage])
 
+    def shortened(self, stage: int, begin: int, steps: int) -> "ResolvedPlan":
+        """The plan with what is left of a stage from its step `begin` on taken in `steps` steps."""
+        before = self.stages[stage]
+        shape = Shortened(before.shape, begin, before.steps)
+        changed = replace(before, steps=begin + steps, shape=shape)
+        return replace(self, stages=(*self.stages[:stage], changed, *self.stages[stage + 1 :]))
+
     def at(self, step: int) -> Point:
         """Stage, open groups, rates and momentum at `step` (from 0).
 
@@ -192,6 +199,7 @@ def gradual_unfreezing(
         groups: Number of layer groups.
         epochs: Passes over the training rows, all stages together.
         style: "none": everything from the start. "head_then_all": the head, then everything (fastai's `fine_tune`).
+            "all_but_stem": the head, then everything above the first group, the table of a text encoder's embeddings.
             "three_stages": the head, the upper half, everything. "one_at_a_time": an equal share for the head and for
             each further group, everything for the last half (ULMFiT).
         head_epochs: Length of the head's stage, at most half of `epochs`.
@@ -209,6 +217,8 @@ def gradual_unfreezing(
     first = (Stage(open_from=-1, epochs=head, shape=shape, lr_scale=head_lr_scale),) if head > 0 else ()
     if style == "head_then_all":
         return Plan(*first, Stage(open_from=0, epochs=rest, shape=shape))
+    if style == "all_but_stem":
+        return Plan(*first, Stage(open_from=min(1, groups - 1), epochs=rest, shape=shape, name="all but stem"))
     if style == "three_stages":
         return Plan(
             *first,
@@ -221,4 +231,6 @@ def gradual_unfreezing(
             *(Stage(open_from=-1 - opened, epochs=share, shape=shape) for opened in range(groups - 1)),
             Stage(open_from=0, epochs=epochs / 2.0, shape=shape),
         )
-    raise PlanError(f"unfreezing={style!r}: must be one of none, head_then_all, three_stages, one_at_a_time")
+    raise PlanError(
+        f"unfreezing={style!r}: must be one of none, head_then_all, all_but_stem, three_stages, one_at_a_time"
+    )

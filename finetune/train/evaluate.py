@@ -1,21 +1,31 @@
 """A model and a data set go in; outputs and targets of every row, once each and in order, come out, with loss and
 scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from finetune.data.loaders import epoch_order, make_loader
+from finetune.data.loaders import Batch, epoch_order, make_loader
 from finetune.data.task import Task, metrics, per_example_score, units
 from finetune.model.pretrained import Pretrained
 from finetune.train.processes import Processes
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 Metrics = Callable[[Any, Any], dict[str, float]]
+
+
+class Source(Protocol):
+    """Batches of rows and the model's outputs for them, however they are come by."""
+
+    def loader(self, batches: list[list[int]]) -> Iterable[Batch]:
+        """One batch for each list of rows."""
+
+    def forward(self, batch: Batch) -> Any:
+        """Outputs for one of them."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,13 @@ def evaluate(
     batch_size: int,
     lengths: Sequence[int] | None = None,
     own_metrics: Metrics | None = None,
-    **loader: Any,
+    replayed: Source | None = None,
+    **options: Any,
 ) -> Evaluation:
-    """Evaluate every row once, spread over the processes; the model is in eval mode for it."""
+    """Evaluate every row once, spread over the processes; the model is in eval mode for it.
+
+    `replayed` gives batches and outputs instead of the data set and the whole model; `options` are the loader's.
+    """
     batches = epoch_order(len(dataset), batch_size, seed=0, epoch=None, lengths=lengths)[
         processes.rank :: processes.count
     ]
@@ -57,11 +71,14 @@ def evaluate(
     rows: list[tuple[int, Any, np.ndarray]] = []
     sums: list[tuple[float, int]] = []
     with torch.no_grad():
-        for batch in make_loader(dataset, task, pretrained.processor, batches, train=False, **loader):
+        loader = make_loader(dataset, task, pretrained.processor, batches, train=False, **options) if (
+            replayed is None
+        ) else replayed.loader(batches)  # fmt: skip
+        for batch in loader:
             batch = batch.to(processes.device)
             assert batch.targets is not None
             with processes.autocast():
-                outputs = as_float(pretrained.forward(batch.inputs))
+                outputs = as_float(pretrained.forward(batch.inputs) if replayed is None else replayed.forward(batch))
             count = units(task, batch.targets)
             sums.append((float(loss(outputs, batch.targets)) * count, count))
             rows += _by_row(task, batch.index, outputs, batch.targets)

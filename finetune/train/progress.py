@@ -17,6 +17,9 @@ class Progress:
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     stage_seconds: list[float] = field(default_factory=list)
+    replayed: list[tuple[bool, str]] = field(default_factory=list)
+    shortened: list[tuple[int, int, int]] = field(default_factory=list)
+    stale: int = 0
     best: dict[str, Any] | None = None
     first_loss: float | None = None
     smooth_loss: float | None = None
@@ -25,7 +28,8 @@ class Progress:
 @dataclass(frozen=True)
 class Outcome:
     """What training left: `kept` says which weights the model now holds ("last", "average", or "epoch N"), `status` is
-    "finished" or "diverged", `why` the sentence to show for it."""
+    "finished" or "diverged", `why` the sentence to show for it; `replayed` says of each stage whether its frozen part
+    was computed once, and what that took or why not."""
 
     history: list[dict[str, Any]]
     stage_seconds: list[float]
@@ -34,3 +38,4 @@ class Outcome:
     status: str
     why: str
     evaluate_seconds: float
+    replayed: list[tuple[bool, str]]

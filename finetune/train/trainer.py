@@ -27,7 +27,9 @@ from finetune.train import checkpoint
 from finetune.train.evaluate import Evaluation, Loss, Metrics, as_float, evaluate
 from finetune.train.processes import Processes
 from finetune.train.progress import Diverged, Outcome, Progress
+from finetune.train.replaying import Request, StageReplay, open_stage
 from finetune.train.selection import averaged_weights, averages_at, candidate, clearly_better, new_average, standing
+from finetune.train.solving import solve
 
 FLUSH_STEPS = 20  # On a GPU, losses are read back this seldom: reading one waits for the device.
 CHECKPOINT_SECONDS = 60.0
@@ -49,11 +51,12 @@ class Trainer:
         processes: Processes,
         seed: int = 0,
         own_metrics: Metrics | None = None,
+        solvable: str | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.pretrained, self.splits, self.groups, self.plan, self.settings = pretrained, splits, groups, plan, settings
         self.folder, self.loss, self.processes, self.seed = folder, loss, processes, seed
-        self.own_metrics, self.say = own_metrics, say
+        self.own_metrics, self.solvable, self.say = own_metrics, solvable, say
         # A step of MobileNetV2 takes two thirds of the time with the channels last (0.29 instead of 0.43 s).
         layout = torch.channels_last if splits.task.modality == "image" else torch.preserve_format
         self.model = pretrained.model.to(processes.device).to(memory_format=layout)
@@ -65,11 +68,13 @@ class Trainer:
             fused=True,
         )
         self.average: AveragedModel | None = None
+        self.replay: StageReplay | None = None
         self.progress = Progress()
         self.best_weights = checkpoint.snapshot(self.model)  # those of the start, until a validation says more
         self.last_valid: Evaluation | None = None
         self.lengths = {"train": self.lengths_of(splits.train), "valid": self.lengths_of(splits.valid)}
-        self.evaluate_seconds = 0.0
+        self.evaluate_seconds = self.head_seconds = 0.0
+        self.epoch = 0
         order = epoch_order(len(splits.train), settings.batch_size, seed=seed, epoch=0)
         shortest = min(map(len, without_remainder(order, settings.batch_size)))
         if shortest < processes.count * settings.accumulation:
@@ -89,16 +94,20 @@ class Trainer:
         status, why = "finished", ""
         self.log = (self.folder / "steps.jsonl").open("a") if self.processes.is_main else None
         try:
+            if self.solvable is not None and not self.progress.history:
+                self.solve_head(self.solvable)
             while self.progress.step < self.plan.steps:
                 self.run_stage(self.plan.at(self.progress.step).stage)
         except Diverged as error:
             status, why = "diverged", str(error)
         finally:
+            self.close_replay()
             if self.log is not None:
                 self.log.close()
         valid, kept = self.keep_best(diverged=status == "diverged")
+        progress = self.progress
         return Outcome(
-            self.progress.history, self.progress.stage_seconds, valid, kept, status, why, self.evaluate_seconds
+            progress.history, progress.stage_seconds, valid, kept, status, why, self.evaluate_seconds, progress.replayed
         )
 
     def lengths_of(self, dataset: Dataset) -> list[int] | None:
@@ -110,11 +119,28 @@ class Trainer:
         """Delete what only an unfinished run needs."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
+    def solve_head(self, layer: str) -> None:
+        """Begin with the optimal head on the frozen features, and remember it as what all training has to beat."""
+        begin, data = time.monotonic(), self.splits.train
+        solved = solve(
+            self.pretrained, layer, data, self.splits.task, self.processes, lengths=self.lengths["train"],
+            seed=self.seed,
+        )  # fmt: skip
+        self.head_seconds = time.monotonic() - begin
+        valid = self.remember_epoch("head", solved.log_loss)
+        self.say(
+            f"{'head':<9} solved on frozen features of {len(data)} rows (penalty {solved.strength:.2g} by "
+            f"cross-validation)  valid {valid.loss:.3f}  {_figures(valid)}   {_clock(time.monotonic() - begin)}"
+        )
+
     def run_stage(self, index: int) -> None:
         stage, first = self.plan.stages[index], self.plan.start(index)
         begin = time.monotonic() - sum(self.progress.stage_seconds[index : index + 1])  # what a resumed stage has had
+        self.progress.stale = 0 if self.progress.step == first else self.progress.stale
         set_trainable(self.model, self.groups, stage.open_from)
         self.wrapped = self.processes.wrap(self.wrapped)
+        set_mode(self.model, self.groups, stage.open_from, self.settings.freeze_batchnorm)
+        self.open_replay(index)
         steps_per_epoch = self.plan.steps_per_epoch
         while self.progress.step < first + stage.steps:
             epoch, offset = divmod(self.progress.step - first, steps_per_epoch)
@@ -132,11 +158,56 @@ class Trainer:
                 index, epoch + 1, math.ceil(stage.steps / steps_per_epoch), float(torch.stack(losses).mean())
             )
             self.progress.stage_seconds[index:] = [time.monotonic() - begin]
+            if self.ends_early(index, self.progress.step - first):
+                stage = self.plan.stages[index]
+        self.close_replay()
+
+    def ends_early(self, index: int, done: int) -> bool:
+        """Take the rest of a stage that no longer improves in one epoch: its rate still comes down to its end."""
+        stage, rest = self.plan.stages[index], self.plan.steps_per_epoch
+        again = any(cut[0] == index for cut in self.progress.shortened)
+        if self.settings.patience == 0 or self.progress.stale < self.settings.patience or again:
+            return False
+        if stage.steps - done <= rest:
+            return False
+        self.progress.shortened.append((index, done, rest))
+        self.plan = self.plan.shortened(index, done, rest)
+        self.say(f"{stage.name:<9} no better for {self.progress.stale} epochs: the rate comes down within one more")
+        return True
+
+    def open_replay(self, index: int) -> None:
+        """Compute the frozen part of a stage once, where that pays."""
+        stage = self.plan.stages[index]
+        request = Request(
+            self.pretrained, self.splits, self.groups, self.settings, self.processes, self.lengths, self.folder,
+            self.loss, self.seed,
+        )  # fmt: skip
+        self.replay, why = open_stage(request, stage, self.plan.steps_per_epoch, self.epochs_before(index))
+        self.progress.replayed[index:] = [(self.replay is not None, why)]
+        if self.replay is not None:
+            self.say(f"{stage.name:<9} frozen part computed once: {why}")
+
+    def epochs_before(self, stage: int) -> int:
+        """Epochs, whole or begun, of the stages before one."""
+        return sum(math.ceil(before.steps / self.plan.steps_per_epoch) for before in self.plan.stages[:stage])
+
+    def close_replay(self) -> None:
+        """Compute everything again."""
+        if self.replay is not None:
+            self.processes.wait()
+            self.replay.close()
+        self.replay = None
+
+    def forward(self, batch: Batch, epoch: int) -> Any:
+        """Outputs for a training batch of `steps_of_epoch`."""
+        if self.replay is not None:
+            return self.replay.train.forward(batch, epoch, self.wrapped)
+        return self.pretrained.forward(batch.inputs, model=self.wrapped)
 
     def steps_of_epoch(self, stage: int, epoch: int, offset: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step from `offset` on; a pure function of seed, stage and epoch."""
         data, batch_size, accumulation = self.splits.train, self.settings.batch_size, self.settings.accumulation
-        number = sum(math.ceil(before.steps / self.plan.steps_per_epoch) for before in self.plan.stages[:stage]) + epoch
+        number = self.epochs_before(stage) + epoch
         order = epoch_order(len(data), batch_size, seed=self.seed, epoch=number, lengths=self.lengths["train"])
         order = without_remainder(order, batch_size)
         parts = self.processes.count * accumulation
@@ -144,7 +215,11 @@ class Trainer:
         shares = [part for rows in order[offset:] for part in _split(rows, parts)[mine]]
         task, processor = self.splits.task, self.pretrained.processor
         options = {"train": True, "seed": self.seed, "epoch": number, "augment": self.settings.augment}
-        loader = iter(make_loader(data, task, processor, shares, **cast(Any, options)))
+        self.epoch = number
+        if self.replay is not None:
+            loader = iter(self.replay.train.loader(shares))
+        else:
+            loader = iter(make_loader(data, task, processor, shares, **cast(Any, options)))
         while micro_batches := list(itertools.islice(loader, accumulation)):
             yield micro_batches
 
@@ -163,7 +238,7 @@ class Trainer:
             batch = batch.to(self.processes.device)
             with self.processes.sync_gradients(self.wrapped, number == len(micro_batches)):
                 with self.processes.autocast():
-                    outputs = as_float(self.pretrained.forward(batch.inputs, model=self.wrapped))
+                    outputs = as_float(self.forward(batch, self.epoch))
                 part = self.loss(outputs, cast(torch.Tensor, batch.targets)) * (count / total)
                 # Gradients are averaged over the processes, and the loss is a sum over them.
                 self.processes.accelerator.backward(part * self.processes.count)
@@ -218,7 +293,8 @@ class Trainer:
                 )
             progress.first_loss = loss if progress.first_loss is None else progress.first_loss
             progress.smooth_loss = loss if progress.smooth_loss is None else 0.9 * progress.smooth_loss + 0.1 * loss
-            if progress.smooth_loss > 4.0 * max(progress.first_loss, 0.1):
+            # A solved head begins near 0, and random crops alone cost a multiple of that: less than a guess is no harm.
+            if progress.smooth_loss > 4.0 * max(progress.first_loss, 0.5):
                 raise Diverged(
                     f"step {record['step']}: the loss rose from {progress.first_loss:.3g} to "
                     f"{progress.smooth_loss:.3g}; "
@@ -236,25 +312,34 @@ class Trainer:
             self.average.update_parameters(self.model)
 
     def end_epoch(self, stage: int, epoch: int, epochs: int, train_loss: float) -> None:
-        """Validate, remember the weights if they are the best so far, and write a checkpoint if the last is old."""
+        """Validate, and write a checkpoint if the last is old."""
+        name = self.plan.stages[stage].name
+        valid = self.remember_epoch(name, train_loss)
+        self.say(
+            f"{name:<9} {epoch}/{epochs}   loss {train_loss:.3f}  valid {valid.loss:.3f}  {_figures(valid)}   "
+            f"{_clock(self.progress.stage_seconds[stage])}"
+        )
+        if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            self.save_checkpoint()
+
+    def remember_epoch(self, stage: str, train_loss: float) -> Evaluation:
+        """Validate, and remember the weights if they are the best so far. What comes before the first step is epoch
+        0."""
         valid = self.last_valid = self.evaluate()
         shown = {name: value for name, value in valid.metrics.items() if isinstance(value, int | float)}
-        number, name = len(self.progress.history) + 1, self.plan.stages[stage].name
-        self.progress.history.append(
-            {"epoch": number, "step": self.progress.step, "stage": name, "train_loss": train_loss, "valid": shown}
+        history = self.progress.history
+        number = history[-1]["epoch"] + 1 if history else int(self.progress.step > 0)
+        history.append(
+            {"epoch": number, "step": self.progress.step, "stage": stage, "train_loss": train_loss, "valid": shown}
         )
         best = self.progress.best
         if math.isfinite(valid.loss) and (best is None or list(standing(valid)) > best["standing"]):
             self.progress.best = candidate(valid, number)
             self.best_weights = checkpoint.snapshot(self.model)
-        seconds = self.progress.stage_seconds[stage]
-        figures = "  ".join(f"{metric} {value:.4g}" for metric, value in shown.items() if metric != "loss")
-        self.say(
-            f"{name:<9} {epoch}/{epochs}   loss {train_loss:.3f}  valid {valid.loss:.3f}  {figures}   "
-            f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-        )
-        if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
-            self.save_checkpoint()
+            self.progress.stale = 0
+        else:
+            self.progress.stale += 1
+        return valid
 
     def evaluate(self, dataset: Dataset | None = None) -> Evaluation:
         """Evaluate a data set, by default the validation part, with the weights as they are."""
@@ -262,9 +347,11 @@ class Trainer:
         options = {"loss": self.loss, "batch_size": 4 * self.settings.batch_size, "own_metrics": self.own_metrics}
         lengths = self.lengths["valid"] if dataset is None else self.lengths_of(dataset)
         data = self.splits.valid if dataset is None else dataset
+        replayed = self.replay.valid if self.replay is not None and dataset is None else None
         result = evaluate(
-            self.pretrained, data, self.splits.task, self.processes, lengths=lengths, **cast(Any, options)
-        )
+            self.pretrained, data, self.splits.task, self.processes, lengths=lengths, replayed=replayed,
+            **cast(Any, options),
+        )  # fmt: skip
         self.evaluate_seconds += time.monotonic() - begin
         return result
 
@@ -273,7 +360,7 @@ class Trainer:
         best = self.progress.best
         if diverged:
             checkpoint.restore(self.model, self.best_weights)
-            return self.evaluate(), f"epoch {best['epoch']}" if best else "start"
+            return self.evaluate(), _kept(best) if best else "start"
         valid, kept = self.last_valid or self.evaluate(), "last"
         if self.average is not None:
             last = checkpoint.snapshot(self.model)
@@ -285,7 +372,7 @@ class Trainer:
                 checkpoint.restore(self.model, last)
         if best is not None and clearly_better(best, valid):
             checkpoint.restore(self.model, self.best_weights)
-            valid, kept = self.evaluate(), f"epoch {best['epoch']}"
+            valid, kept = self.evaluate(), _kept(best)
         return valid, kept
 
     def save_checkpoint(self) -> None:
@@ -320,6 +407,8 @@ class Trainer:
             self.optimizer.load_state_dict(optimizer)
             torch.set_rng_state(rng[self.processes.rank])
             self.progress = Progress(**progress)
+            for cut in self.progress.shortened:
+                self.plan = self.plan.shortened(*cut)
             self.say(f"Resumed   from step {self.progress.step} of {self.plan.steps}")
         if self.processes.is_main:
             lines = log.read_text().splitlines(keepends=True)[: self.progress.step] if log.exists() else []
@@ -336,6 +425,19 @@ def without_remainder(order: list[list[int]], batch_size: int) -> list[list[int]
     """The epoch's batches without one of less than half the size: a full step on a few examples is mostly noise, and
     batch statistics of one example do not exist. Which rows are left out changes with the epoch."""
     return [rows for rows in order if 2 * len(rows) >= batch_size] or order
+
+
+def _kept(best: dict[str, Any]) -> str:
+    return f"epoch {best['epoch']}" if best["epoch"] else "solved head"
+
+
+def _figures(valid: Evaluation) -> str:
+    shown = {name: value for name, value in valid.metrics.items() if isinstance(value, int | float)}
+    return "  ".join(f"{metric} {value:.4g}" for metric, value in shown.items() if metric != "loss")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _split(rows: list[int], parts: int) -> list[list[int]]:

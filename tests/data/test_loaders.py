@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
+from finetune.data import decoded, images
+from finetune.data.decoded import DecodedCache
+from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths, token_batches
 from finetune.data.sources import load_images, load_table
 from finetune.model.pretrained import Preprocessing
 
@@ -53,6 +55,33 @@ def test_like_lengths_together_save_padding():
     assert padding(alike) < 0.2 * mixed
     means = [np.mean([LENGTHS[i] for i in batch]) for batch in alike]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2  # long batches are not all at one end
+
+
+def test_a_short_batch_is_of_any_length():
+    short = [epoch_order(100, 16, seed=0, epoch=epoch, lengths=LENGTHS[:100])[-1] for epoch in range(60)]
+    assert {len(rows) for rows in short} == {4}
+    assert len(set(itertools.chain(*short))) > 70
+    by_length = np.argsort(LENGTHS[:100])
+    for end in (by_length[:20], by_length[-20:]):
+        assert 3 < sum(bool(set(rows) & set(end.tolist())) for rows in short) < 40
+
+
+@pytest.mark.parametrize(("most_tokens", "most_rows"), [(64, 8), (1000, 10), (10**9, 10**9), (1, 5), (40, 1)])
+def test_batches_by_tokens(most_tokens: int, most_rows: int):
+    batches = token_batches(LENGTHS, most_tokens, most_rows)
+    rows = list(itertools.chain(*batches))
+    assert sorted(rows) == list(range(1003))
+    assert [LENGTHS[row] for row in rows] == sorted(LENGTHS)
+    cost = [len(batch) * max(LENGTHS[row] for row in batch) for batch in batches]
+    assert all(len(batch) == 1 or tokens <= most_tokens for batch, tokens in zip(batches, cost, strict=True))
+    assert max(map(len, batches)) <= most_rows
+    for batch, after in itertools.pairwise(batches):  # none could have had one row more
+        assert len(batch) == most_rows or (len(batch) + 1) * LENGTHS[after[0]] > most_tokens
+
+
+def test_batches_by_tokens_of_nothing_and_of_one():
+    assert token_batches([], 10, 10) == [] and token_batches([30], 10, 10) == [[0]]
+    assert token_batches([5, 1, 5, 1], 10, 10) == [[1, 3], [0, 2]]
 
 
 def batches_of(loader: object) -> list[Batch]:
@@ -104,6 +133,31 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone(folder: Make):
         assert all(torch.equal(first[row], other[row]) for row in first)
     for changed in (images([[0, 1, 2]], seed=1, epoch=3), images([[0, 1, 2]], seed=2, epoch=2)):
         assert not any(torch.equal(first[row], changed[row]) for row in changed)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("share", [0.2, 0.0])
+def test_a_cache_for_all_epochs_with_and_without_workers(
+    folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, train: bool
+):
+    monkeypatch.setattr(decoded, "MEMORY_SHARE", share)  # in a file where it is 0
+    splits = load_images(folder(cat=6, dog=6))
+    order = [[5, 3], [1], [0, 4, 2]]
+
+    def found(workers: int, epoch: int, cache: DecodedCache | None) -> torch.Tensor:
+        loader = make_loader(
+            splits.train, splits.task, PRE, order, train=train, workers=workers, epoch=epoch, cache=cache
+        )
+        return torch.cat([batch.inputs["pixel_values"] for batch in batches_of(loader)])
+
+    plain = [found(0, epoch, None) for epoch in (0, 1)]
+    for first, second in ((0, 2), (2, 0)):
+        cache = DecodedCache(tmp_path / "cache", 2**24)
+        assert torch.equal(found(first, 0, cache), plain[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "open_image", None)  # all there, whichever process put it in
+            assert torch.equal(found(second, 1, cache), plain[1])
+        cache.close()
 
 
 def test_loading_leaves_the_random_numbers_of_training_alone(folder: Make):

@@ -158,6 +158,22 @@ def test_styles() -> None:
     assert stages("one_at_a_time") == [(-1 - i, 0.8, 1.0) for i in range(5)] + [(0, 4.0, 1.0)]
 
 
+def test_all_but_stem_leaves_the_first_group_frozen() -> None:
+    plan = gradual_unfreezing(5, 8.0, style="all_but_stem", head_epochs=0.0)
+    assert [(stage.open_from, stage.epochs) for stage in plan] == [(1, 8.0)]
+    assert plan.resolve(GROUPS, PEAKS, 10).at(5).rates[0] == 0.0
+
+
+def test_a_shortened_stage_still_comes_to_its_end() -> None:
+    whole = Plan(Stage(0, steps=100), Stage(0, steps=10)).resolve(GROUPS, PEAKS, 10)
+    cut = whole.shortened(0, 40, 10)
+    assert cut.steps == 60 and cut.start(1) == 50
+    assert [cut.at(step) for step in range(40)] == [whole.at(step) for step in range(40)]
+    assert cut.at(49).rates == whole.at(99).rates and cut.at(50).rates == whole.at(100).rates
+    rates = [cut.at(step).rates[-1] for step in range(39, 50)]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 11
+
+
 def test_one_at_a_time_opens_every_group_once() -> None:
     resolved = gradual_unfreezing(5, 8.0, style="one_at_a_time").resolve(GROUPS, PEAKS, 10)
     assert [stage.open_from for stage in resolved.stages] == [4, 3, 2, 1, 0]
@@ -173,7 +189,7 @@ def test_the_shape_is_that_of_every_stage() -> None:
 
 
 def test_an_unknown_style() -> None:
-    with pytest.raises(PlanError, match="^unfreezing='all': must be one of none, head_then_all, three_stages, one_at"):
+    with pytest.raises(PlanError, match="^unfreezing='all': must be one of none, head_then_all, all_but_stem, three"):
         gradual_unfreezing(4, 4.0, style="all")  # type: ignore[arg-type]
 
 
