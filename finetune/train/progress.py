@@ -20,6 +20,7 @@ class Progress:
     replayed: list[tuple[bool, str]] = field(default_factory=list)
     shortened: list[tuple[int, int, int]] = field(default_factory=list)
     stale: int = 0
+    stage_best: list[float] | None = None
     best: dict[str, Any] | None = None
     first_loss: float | None = None
     smooth_loss: float | None = None

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ import psutil
 import torch
 from datasets import Dataset
 
+from finetune.data.decoded import DecodedCache
 from finetune.data.loaders import Batch, epoch_order, make_loader, target_tensor
 from finetune.data.splits import Splits
 from finetune.model.boundary import Boundary, NoBoundary, find_boundary
@@ -81,7 +83,7 @@ class StageReplay:
     def close(self) -> None:
         """Give back memory or disk."""
         if self.store.path is not None:
-            shutil.rmtree(self.store.path.parent, ignore_errors=True)
+            _remove(self.store.path.parent)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Request:
     folder: Path
     loss: Loss
     seed: int
+    cache: DecodedCache | None = None
 
 
 def open_stage(ask: Request, stage: PlannedStage, steps_per_epoch: int, epoch: int) -> tuple[StageReplay | None, str]:
@@ -125,13 +128,21 @@ def open_stage(ask: Request, stage: PlannedStage, steps_per_epoch: int, epoch: i
             _agreed(ask.processes, lambda: check(found.train.replay, _check_batches(ask, found), ask.loss,
                                                  ask.processes.autocast))  # fmt: skip
         except Refused as error:
-            shutil.rmtree(ask.folder / "cache", ignore_errors=True)
+            _remove(ask.folder / "cache")
             return None, str(error)
     return found, found.said
 
 
 class Refused(Exception):
     """The stage trains plainly; the text says why."""
+
+
+def _remove(folder: Path) -> None:
+    """Delete the stores in a folder, and the folder if nothing else is in it."""
+    for path in folder.glob("replay-*"):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _agreed(processes: Processes, action: Callable[[], Any]) -> Any:
@@ -235,9 +246,9 @@ def _whole(note: Path, store: Store) -> bool:
 
 
 def _loader(ask: Request, data: Dataset, batches: list[list[int]], epoch: int | None) -> Iterable[Batch]:
-    options: dict[str, Any] = {"train": False}
+    options: dict[str, Any] = {"train": False, "cache": ask.cache}
     if epoch is not None:
-        options = {"train": True, "seed": ask.seed, "epoch": epoch, "augment": ask.settings.augment}
+        options |= {"train": True, "seed": ask.seed, "epoch": epoch, "augment": ask.settings.augment}
     return make_loader(data, ask.splits.task, cast(Any, ask.pretrained.processor), batches, **options)
 
 

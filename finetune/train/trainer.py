@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch.optim.swa_utils import AveragedModel
 
+from finetune.data.decoded import DecodedCache
 from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
 from finetune.data.splits import Splits
 from finetune.data.task import units
@@ -69,6 +70,7 @@ class Trainer:
         )
         self.average: AveragedModel | None = None
         self.replay: StageReplay | None = None
+        self.cache = DecodedCache(folder / "cache") if splits.task.modality == "image" else None
         self.progress = Progress()
         self.best_weights = checkpoint.snapshot(self.model)  # those of the start, until a validation says more
         self.last_valid: Evaluation | None = None
@@ -91,24 +93,36 @@ class Trainer:
         torch.manual_seed(self.seed + 1 + self.processes.rank)
         self.resume()
         self.saved_at = time.monotonic()
-        status, why = "finished", ""
         self.log = (self.folder / "steps.jsonl").open("a") if self.processes.is_main else None
+        try:
+            why = self.train()
+            self.close_replay()
+            valid, kept = self.keep_best(diverged=bool(why))
+        finally:
+            self.close()
+        progress, status = self.progress, "diverged" if why else "finished"
+        return Outcome(
+            progress.history, progress.stage_seconds, valid, kept, status, why, self.evaluate_seconds, progress.replayed
+        )
+
+    def train(self) -> str:
+        """The head, and then stage after stage; why it ended before its time, or ""."""
         try:
             if self.solvable is not None and not self.progress.history:
                 self.solve_head(self.solvable)
             while self.progress.step < self.plan.steps:
                 self.run_stage(self.plan.at(self.progress.step).stage)
         except Diverged as error:
-            status, why = "diverged", str(error)
-        finally:
-            self.close_replay()
-            if self.log is not None:
-                self.log.close()
-        valid, kept = self.keep_best(diverged=status == "diverged")
-        progress = self.progress
-        return Outcome(
-            progress.history, progress.stage_seconds, valid, kept, status, why, self.evaluate_seconds, progress.replayed
-        )
+            return str(error)
+        return ""
+
+    def close(self) -> None:
+        """Give back what only training needs."""
+        self.close_replay()
+        if self.cache is not None:
+            self.cache.close()
+        if self.log is not None:
+            self.log.close()
 
     def lengths_of(self, dataset: Dataset) -> list[int] | None:
         """Tokens of each row, by which batches of text are put together."""
@@ -124,7 +138,7 @@ class Trainer:
         begin, data = time.monotonic(), self.splits.train
         solved = solve(
             self.pretrained, layer, data, self.splits.task, self.processes, lengths=self.lengths["train"],
-            seed=self.seed,
+            seed=self.seed, cache=self.cache,
         )  # fmt: skip
         self.head_seconds = time.monotonic() - begin
         valid = self.remember_epoch("head", solved.log_loss)
@@ -136,7 +150,8 @@ class Trainer:
     def run_stage(self, index: int) -> None:
         stage, first = self.plan.stages[index], self.plan.start(index)
         begin = time.monotonic() - sum(self.progress.stage_seconds[index : index + 1])  # what a resumed stage has had
-        self.progress.stale = 0 if self.progress.step == first else self.progress.stale
+        if self.progress.step == first:
+            self.progress.stale, self.progress.stage_best = 0, None
         set_trainable(self.model, self.groups, stage.open_from)
         self.wrapped = self.processes.wrap(self.wrapped)
         set_mode(self.model, self.groups, stage.open_from, self.settings.freeze_batchnorm)
@@ -180,7 +195,7 @@ class Trainer:
         stage = self.plan.stages[index]
         request = Request(
             self.pretrained, self.splits, self.groups, self.settings, self.processes, self.lengths, self.folder,
-            self.loss, self.seed,
+            self.loss, self.seed, self.cache,
         )  # fmt: skip
         self.replay, why = open_stage(request, stage, self.plan.steps_per_epoch, self.epochs_before(index))
         self.progress.replayed[index:] = [(self.replay is not None, why)]
@@ -214,12 +229,13 @@ class Trainer:
         mine = slice(self.processes.rank * accumulation, (self.processes.rank + 1) * accumulation)
         shares = [part for rows in order[offset:] for part in _split(rows, parts)[mine]]
         task, processor = self.splits.task, self.pretrained.processor
-        options = {"train": True, "seed": self.seed, "epoch": number, "augment": self.settings.augment}
+        options: dict[str, Any] = {"train": True, "seed": self.seed, "epoch": number, "augment": self.settings.augment}
+        options["cache"] = self.cache
         self.epoch = number
         if self.replay is not None:
             loader = iter(self.replay.train.loader(shares))
         else:
-            loader = iter(make_loader(data, task, processor, shares, **cast(Any, options)))
+            loader = iter(make_loader(data, task, processor, shares, **options))
         while micro_batches := list(itertools.islice(loader, accumulation)):
             yield micro_batches
 
@@ -336,7 +352,10 @@ class Trainer:
         if math.isfinite(valid.loss) and (best is None or list(standing(valid)) > best["standing"]):
             self.progress.best = candidate(valid, number)
             self.best_weights = checkpoint.snapshot(self.model)
-            self.progress.stale = 0
+        # Within the stage: at the height of its rate it may well be worse than what came before it.
+        stage_best = self.progress.stage_best
+        if stage_best is None or list(standing(valid)) > stage_best:
+            self.progress.stage_best, self.progress.stale = list(standing(valid)), 0
         else:
             self.progress.stale += 1
         return valid
@@ -345,6 +364,7 @@ class Trainer:
         """Evaluate a data set, by default the validation part, with the weights as they are."""
         begin = time.monotonic()
         options = {"loss": self.loss, "batch_size": 4 * self.settings.batch_size, "own_metrics": self.own_metrics}
+        options["cache"] = self.cache
         lengths = self.lengths["valid"] if dataset is None else self.lengths_of(dataset)
         data = self.splits.valid if dataset is None else dataset
         replayed = self.replay.valid if self.replay is not None and dataset is None else None

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -290,3 +291,29 @@ def test_a_loss_that_rises_far_ends_the_run(review_splits: Splits, bert: Path, t
 def test_a_single_bad_batch_does_not_end_the_run(review_splits: Splits, bert: Path, tmp_path: Path) -> None:
     sick = Sick(review_splits.task, 6, lambda loss, step: loss * (20.0 if step == 0 else 1.0))
     assert make(review_splits, bert, tmp_path, loss=sick).run().status == "finished"
+
+
+def test_a_stage_that_no_longer_improves_comes_to_its_end_in_one_epoch(
+    twelve: Splits, resnet: Path, tmp_path: Path
+) -> None:
+    """The rate still comes down, and a run that is resumed keeps the shorter plan."""
+    plan, said = Plan(Stage(0, epochs=12, shape=OneCycle())), []
+    trainer = make(twelve, resnet, tmp_path, plan=plan, given={"patience": 2, "lr": 1e-9}, said=said)
+    original = trainer.evaluate
+
+    def no_better(*args: Any) -> Any:
+        return replace(original(*args), scores=np.ones(12), loss=1.0)
+
+    trainer.evaluate = no_better  # type: ignore[method-assign]
+    trainer.run()
+    per_epoch = trainer.plan.steps_per_epoch
+    assert [entry["step"] for entry in trainer.progress.history] == [per_epoch * epoch for epoch in (1, 2, 3, 4)]
+    logged, whole = steps(tmp_path), plan.resolve(trainer.groups, (1e-9,) * len(trainer.groups), per_epoch)
+    assert logged[-1]["rates"][-1] < 1e-3 * max(line["rates"][-1] for line in logged)
+    assert logged[-1]["momentum"] == whole.at(whole.steps - 1).momentum
+    assert trainer.progress.shortened == [(0, 3 * per_epoch, per_epoch)]
+    assert any("no better for 2 epochs" in line for line in said)
+    plain = make(twelve, resnet, tmp_path / "plain", plan=plan, given={"patience": 0, "lr": 1e-9})
+    plain.evaluate = no_better  # type: ignore[method-assign]
+    plain.run()
+    assert len(plain.progress.history) == 12
