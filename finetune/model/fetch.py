@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from finetune.errors import BackboneError
+from finetune.model.calls import PASSING, http_error, in_a_line, patiently, status
 
 ASSETS = Path(__file__).parent.parent / "assets"
 PICKLES = (".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl", ".tar", ".npz", ".h5", ".msgpack")
@@ -108,22 +114,25 @@ def _is_timm(name: str) -> bool:
 
 
 def _from_hub(repository: str, revision: str | None, trust: Trust) -> Source:
+    def ask() -> Any:
+        return huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=TIMEOUT)
+
     try:
-        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=TIMEOUT)
-    except GatedRepoError:
-        raise BackboneError(
-            f"{repository}: access to this repository must be asked for; accept its terms on "
-            f"https://huggingface.co/{repository}, then log in with `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise BackboneError(f"{repository}: no revision {revision!r}; leave out @{revision} for the newest") from None
-    except RepositoryNotFoundError:
-        raise BackboneError(
-            f"{repository}: no such repository on the Hub, or it is private; check the name, or log in with "
-            "`hf auth login`"
-        ) from None
-    except Exception as error:  # offline mode, no network, a proxy, a failing server: what is cached may do
-        return _from_cache(repository, revision, error, trust)
+        info = ask()
+    except Exception as error:
+        refusal = _refusal(error, repository, revision)
+        if refusal is not None:
+            raise refusal from None
+        # Offline mode, no network, a proxy, a failing server: what is cached may do, and waiting helps a busy Hub only.
+        cached = _from_cache(repository, revision, error, trust)
+        if cached is not None:
+            return cached
+        if status(error) not in PASSING:
+            raise _out_of_reach(repository, error) from None
+        try:
+            info = patiently(ask)
+        except Exception as last:
+            raise _refusal(last, repository, revision) or _out_of_reach(repository, last) from None
     present = [file.rfilename for file in info.siblings or () if "/" not in file.rfilename]
     if "config.json" not in present:
         raise BackboneError(f"{repository}: no config.json in this repository; give a timm or transformers model")
@@ -135,35 +144,78 @@ def _from_hub(repository: str, revision: str | None, trust: Trust) -> Source:
     small = [f for f in present if f.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken")) or f == "README.md"]
     small += [f for f in present if trust.code and f.endswith(".py")]
     try:  # the small files first: what they say may already refuse the large ones
-        folder = Path(_snapshot(repository, info.sha, small))
+        folder = Path(_snapshot(repository, revision, small))
         _family(folder, repository, trust)
-        _snapshot(repository, info.sha, small + weights)
+        _snapshot(repository, folder.name, small + weights)  # the same commit, whatever happens in between
     except BackboneError:
         raise
     except Exception as error:
-        raise BackboneError(f"{repository}: the download broke off ({_short(error)}); run again, it resumes") from None
-    return _open(folder, repository, trust, repository, info.sha)
+        broken = f"{repository}: the download broke off ({in_a_line(error)}); run again, it goes on where it was"
+        raise _refusal(error, repository, revision) or BackboneError(broken) from None
+    return _open(folder, repository, trust, repository, folder.name)
 
 
 def _snapshot(repository: str, revision: str | None, files: list[str]) -> str:
-    return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT)
+    """Download files; the folder of the commit that `revision`, a branch or a commit, stands for."""
+    return patiently(
+        lambda: huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT
+        ),
+        cut=False,
+    )
 
 
-def _from_cache(repository: str, revision: str | None, error: Exception, trust: Trust) -> Source:
-    cache = huggingface_hub.constants.HF_HUB_CACHE
-    why = "offline mode is on" if huggingface_hub.constants.HF_HUB_OFFLINE else _short(error)
+def _refusal(error: Exception, repository: str, revision: str | None) -> BackboneError | None:
+    """What to do where the Hub says no; None where it did not answer, or is busy or ill."""
+    answer = http_error(error)
+    if isinstance(answer, GatedRepoError):
+        return BackboneError(
+            f"{repository}: access to this repository must be asked for; accept its terms on "
+            f"https://huggingface.co/{repository}, then log in with `hf auth login`"
+        )
+    if isinstance(answer, RevisionNotFoundError):
+        return BackboneError(f"{repository}: no revision {revision!r}; leave out @{revision} for the newest")
+    if isinstance(answer, RepositoryNotFoundError):
+        return BackboneError(
+            f"{repository}: no such repository on the Hub, or it is private; check the name, or log in with "
+            "`hf auth login`"
+        )
+    if status(error) == 401:
+        return BackboneError(
+            f"{repository}: the Hub does not know the token (of HF_TOKEN, or of `hf auth login`); log in again, or "
+            "remove it, as public models need none"
+        )
+    return None
+
+
+def _from_cache(repository: str, revision: str | None, error: Exception, trust: Trust) -> Source | None:
+    """What an earlier download left; None without any."""
     try:
         folder = Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision, allow_patterns=["*.json"], local_files_only=True
+                repository, revision=revision, allow_patterns=["config.json"], local_files_only=True
             )
         )
-        return _open(folder, repository, trust, repository, folder.name)
     except (OSError, ValueError):  # LocalEntryNotFoundError, or an id that can be no repository
+        return None
+    if not any(folder.glob("*.safetensors")) and not _pickles(file.name for file in folder.iterdir()):
         raise BackboneError(
-            f"{repository}: neither in the cache ({cache}) nor can the Hub be reached ({why}); give a local folder "
-            'with --backbone PATH, or use "fractals" (images) or "minilm" (text), which need no network'
-        ) from None
+            f"{repository}: only a part of it is in the cache ({folder}), and the Hub cannot be reached "
+            f"({_why(error)}); fetch it once with a network"
+        )
+    return _open(folder, repository, trust, repository, folder.name)
+
+
+def _out_of_reach(repository: str, error: Exception) -> BackboneError:
+    cache = huggingface_hub.constants.HF_HUB_CACHE
+    return BackboneError(
+        f"{repository}: neither in the cache ({cache}) nor can the Hub be reached ({_why(error)}); give a local folder "
+        'with --backbone PATH, or use "fractals" (images) or "minilm" (text), which need no network'
+    )
+
+
+def _why(error: Exception) -> str:
+    return "offline mode is on" if isinstance(error, OfflineModeIsEnabled) else in_a_line(error)
 
 
 def _open(folder: Path, name: str, trust: Trust, base_model: str | None = None, revision: str | None = None) -> Source:
@@ -180,6 +232,7 @@ def _open(folder: Path, name: str, trust: Trust, base_model: str | None = None, 
     if not trust.pickles:
         _refuse_pickle(name, files)
     safe = [f for f in files if f.endswith(".safetensors")]
+    _check_index(folder, name)
     single = next((f for f in ("model.safetensors", *safe) if f in safe and not re.search(r"-\d+-of-\d+", f)), None)
     if single is None and not safe:
         single = next(iter(_pickles(files)), None)
@@ -195,6 +248,20 @@ def _open(folder: Path, name: str, trust: Trust, base_model: str | None = None, 
         revision=revision,
         licence=notes.get("licence") or _licence(folder, config),
     )
+
+
+def _check_index(folder: Path, name: str) -> None:
+    """The index of weights in several files must not name files elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BackboneError(f"{name}/{index.name}: not an index of weights; fetch or save the model again") from None
+    outside = sorted(str(file) for file in files if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)))
+    if outside:
+        raise BackboneError(f"{name}/{index.name}: names {outside[0]!r}, which lies elsewhere; do not use this model")
 
 
 def _family(folder: Path, name: str, trust: Trust) -> tuple[dict[str, Any], str]:
@@ -255,10 +322,6 @@ def _licence(folder: Path, config: dict[str, Any]) -> str | None:
         if found:
             return found.group(1)
     return config.get("pretrained_cfg", {}).get("license")
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}" if str(error).strip() else repr(error)
 
 
 @contextmanager

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from finetune.data.task import Task, default_loss
 from finetune.train.evaluate import Evaluation
 
 AVERAGED_SHARE = 0.3  # The end of the last stage over which weights are averaged.
@@ -43,6 +45,28 @@ def clearly_better(before: dict[str, Any], last: Evaluation) -> bool:
     difference = np.asarray(before["scores"]) - last.scores
     rows = len(difference)
     return bool(difference.mean() > 2.0 * difference.std(ddof=min(1, rows - 1)) / math.sqrt(rows))
+
+
+def head_is_better(head: Evaluation, last: Evaluation, task: Task) -> bool:
+    """Whether training has made the model worse than the solved head that it began with.
+
+    Told by the loss of the validation rows, each model at its own best temperature: on few rows accuracy is too coarse,
+    and fine-tuning makes a model surer of itself than it should be, which says nothing about what it has learnt.
+    """
+    return calibrated_loss(head, task) < calibrated_loss(last, task)
+
+
+def calibrated_loss(valid: Evaluation, task: Task) -> float:
+    """Loss with the logits divided by the temperature that makes it smallest (Guo et al. 2017); of values, the loss."""
+    if task.kind == "regression" or valid.scores is None:
+        return valid.loss
+    loss, by_row = default_loss(task), isinstance(valid.outputs, list)
+    logits = torch.from_numpy(np.concatenate(valid.outputs) if by_row else np.asarray(valid.outputs))
+    targets = torch.from_numpy(np.concatenate(valid.targets) if by_row else np.asarray(valid.targets))
+    if by_row:
+        logits, targets = logits[None], targets[None]
+    found = minimize_scalar(lambda power: float(loss(logits * 2.0**power, targets)), bounds=(-6, 6), method="bounded")
+    return float(found.fun)
 
 
 def averages_at(step: int, steps: int) -> bool:

@@ -29,7 +29,15 @@ from finetune.train.evaluate import Evaluation, Loss, Metrics, as_float, evaluat
 from finetune.train.processes import Processes
 from finetune.train.progress import Diverged, Outcome, Progress
 from finetune.train.replaying import Request, StageReplay, open_stage
-from finetune.train.selection import averaged_weights, averages_at, candidate, clearly_better, new_average, standing
+from finetune.train.selection import (
+    averaged_weights,
+    averages_at,
+    candidate,
+    clearly_better,
+    head_is_better,
+    new_average,
+    standing,
+)
 from finetune.train.solving import solve
 
 FLUSH_STEPS = 20  # On a GPU, losses are read back this seldom: reading one waits for the device.
@@ -71,6 +79,8 @@ class Trainer:
         self.average: AveragedModel | None = None
         self.replay: StageReplay | None = None
         self.cache = DecodedCache(folder / "cache") if splits.task.modality == "image" else None
+        self.head: Evaluation | None = None  # of the solved head, before the first step
+        self.head_weights: checkpoint.Weights = {}
         self.progress = Progress()
         self.best_weights = checkpoint.snapshot(self.model)  # those of the start, until a validation says more
         self.last_valid: Evaluation | None = None
@@ -141,7 +151,8 @@ class Trainer:
             seed=self.seed, cache=self.cache,
         )  # fmt: skip
         self.head_seconds = time.monotonic() - begin
-        valid = self.remember_epoch("head", solved.log_loss)
+        valid = self.head = self.remember_epoch("head", solved.log_loss)
+        self.head_weights = self.best_weights
         self.say(
             f"{'head':<9} solved on frozen features of {len(data)} rows (penalty {solved.strength:.2g} by "
             f"cross-validation)  valid {valid.loss:.3f}  {_figures(valid)}   {_clock(time.monotonic() - begin)}"
@@ -183,7 +194,7 @@ class Trainer:
         again = any(cut[0] == index for cut in self.progress.shortened)
         if self.settings.patience == 0 or self.progress.stale < self.settings.patience or again:
             return False
-        if stage.steps - done <= rest:
+        if stage.steps - done <= rest or 2 * done < stage.steps:  # before, the rate is high, and a plateau is no end
             return False
         self.progress.shortened.append((index, done, rest))
         self.plan = self.plan.shortened(index, done, rest)
@@ -390,6 +401,9 @@ class Trainer:
                 valid, kept = averaged, "average"
             else:
                 checkpoint.restore(self.model, last)
+        if self.head is not None and head_is_better(self.head, valid, self.splits.task):
+            checkpoint.restore(self.model, self.head_weights)
+            return self.head, "solved head"
         if best is not None and clearly_better(best, valid):
             checkpoint.restore(self.model, self.best_weights)
             valid, kept = self.evaluate(), _kept(best)
@@ -403,6 +417,9 @@ class Trainer:
             weights = {"model": checkpoint.snapshot(self.model), "best": self.best_weights}
             if self.average is not None:
                 weights["average"] = checkpoint.snapshot(self.average)
+            if self.head is not None:
+                names = [f"{self.solvable}.{name}" for name in ("weight", "bias")]
+                weights["head"] = {name: self.head_weights[name] for name in names if name in self.head_weights}
             checkpoint.save(
                 self.folder / "checkpoints",
                 self.progress.step,
@@ -419,6 +436,9 @@ class Trainer:
         path, log = checkpoint.newest(self.folder / "checkpoints"), self.folder / "steps.jsonl"
         if path is not None:
             weights, optimizer, rng, progress = checkpoint.load(path)
+            if "head" in weights:  # the model is still as it was loaded
+                self.model.load_state_dict(weights["head"], strict=False)
+                self.head, self.head_weights = self.evaluate(), checkpoint.snapshot(self.model)
             checkpoint.restore(self.model, weights["model"])
             self.best_weights = weights["best"]
             if "average" in weights:

@@ -10,10 +10,19 @@ import torch
 from torch import nn
 
 from finetune.data.splits import Splits
+from finetune.data.task import Task
 from finetune.plan.onecycle import Flat
 from finetune.plan.stages import Plan, Stage
 from finetune.train.evaluate import Evaluation
-from finetune.train.selection import averages_at, candidate, clearly_better, new_average, standing
+from finetune.train.selection import (
+    averages_at,
+    calibrated_loss,
+    candidate,
+    clearly_better,
+    head_is_better,
+    new_average,
+    standing,
+)
 from finetune.train.trainer import Trainer
 from tests.train.runs import differences, make, state
 
@@ -46,6 +55,29 @@ def test_the_mean_score_decides_and_then_the_loss() -> None:
 )
 def test_clearly_better(before: list[float], last: list[float], better: bool) -> None:
     assert clearly_better(candidate(evaluation(before), 1), evaluation(last)) is better
+
+
+TWO = Task("single_label_classification", "text", ("a", "b"))
+
+
+def logits(right: list[float], sure: float = 1.0) -> Evaluation:
+    """Rows of class 0, each with this much more for its class than for the other, times `sure`."""
+    margins = np.array(right) * sure
+    outputs = np.stack([margins / 2, -margins / 2], axis=1).astype(np.float32)
+    loss = float(np.log1p(np.exp(-margins)).mean())
+    return Evaluation(outputs, np.zeros(len(right), dtype=np.int64), loss, {"loss": loss}, (margins > 0) * 1.0)
+
+
+def test_the_solved_head_stays_where_training_lost_something() -> None:
+    head = logits([2, 3, -1, 2, 1, 3, 2, -1])
+    assert head_is_better(head, logits([2, 3, -2, 2, 1, -3, 2, -1]), TWO)
+    assert not head_is_better(head, logits([2, 3, 1, 2, 1, 3, 2, -1]), TWO)
+
+
+def test_being_too_sure_is_not_being_worse() -> None:
+    head, surer = logits([2, 3, -1, 2, 1, 3, 2, -1]), logits([2, 3, -0.5, 2, 1, 3, 2, -1], sure=20.0)
+    assert surer.loss > head.loss and not head_is_better(head, surer, TWO)
+    assert calibrated_loss(logits([2, -1, 1], sure=7.0), TWO) == pytest.approx(calibrated_loss(logits([2, -1, 1]), TWO))
 
 
 def test_without_scores_the_loss_tells() -> None:
