@@ -696,3 +696,20 @@ def test_the_options_of_the_recipes_are_these() -> None:
         assert [argument.arg for argument in arguments.args][:required] in ([], ["data"])
         assert None not in arguments.kw_defaults
     assert found == RECIPES
+
+
+class LeNet(nn.Module):
+    """A module as people write it: `.view` behind a convolution works in one layout of memory only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 5, stride=3), nn.Linear(4 * 100, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.conv(x))
+        return self.fc(y.view(y.size(0), -1))
+
+
+def test_a_module_of_ones_own_keeps_its_layout_of_memory(square_splits: Splits, tmp_path: Path) -> None:
+    run = finetune.fit(square_splits, LeNet(), out=tmp_path / "run", image_size=32, **FAST)
+    assert run.record["status"] == "finished"

@@ -10,6 +10,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ class Place:
             os.close(self.descriptor)
         if self.folder is not None and self.path is not None:
             self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in it
+                self.folder.rmdir()
         self.descriptor, self.full = None, True
 
     def __getstate__(self) -> dict[str, Any]:

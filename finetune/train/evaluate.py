@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from finetune.data.loaders import Batch, epoch_order, make_loader
+from finetune.data.loaders import Batch, epoch_order, make_loader, token_batches
 from finetune.data.task import Task, metrics, per_example_score, units
 from finetune.model.pretrained import Pretrained
 from finetune.train.processes import Processes
@@ -64,9 +64,7 @@ def evaluate(
 
     `replayed` gives batches and outputs instead of the data set and the whole model; `options` are the loader's.
     """
-    batches = epoch_order(len(dataset), batch_size, seed=0, epoch=None, lengths=lengths)[
-        processes.rank :: processes.count
-    ]
+    batches = ordered_batches(len(dataset), batch_size, lengths)[processes.rank :: processes.count]
     pretrained.model.eval()
     rows: list[tuple[int, Any, np.ndarray]] = []
     sums: list[tuple[float, int]] = []
@@ -97,6 +95,14 @@ def evaluate(
         {**metrics(task, outputs, targets), "loss": mean_loss},
         per_example_score(task, outputs, targets),
     )
+
+
+def ordered_batches(rows: int, batch_size: int, lengths: Sequence[int] | None) -> list[list[int]]:
+    """Batches for a pass without gradients: of images in order, of texts by length, so many as fit the tokens that
+    `batch_size` texts of the middle length have."""
+    if lengths is None:
+        return epoch_order(rows, batch_size, seed=0, epoch=None)
+    return token_batches(lengths, batch_size * max(1, int(np.median(lengths))), 8 * batch_size)
 
 
 def as_float(outputs: Any) -> Any:

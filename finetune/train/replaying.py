@@ -29,7 +29,7 @@ from finetune.model.replay import NotEqual, Replay, check
 from finetune.model.store import Store, make_store, plan_store
 from finetune.plan.settings import Settings
 from finetune.plan.stages import PlannedStage
-from finetune.train.evaluate import Loss
+from finetune.train.evaluate import Loss, ordered_batches
 from finetune.train.processes import Processes
 
 DISK_SHARE = 0.5  # of the disk space that is free
@@ -218,8 +218,7 @@ def _fill(ask: Request, found: StageReplay, views: int) -> None:
     passes.append((found.valid, ask.lengths["valid"], 0, "valid"))
     for replayed, lengths, view, part in passes:
         data = replayed.dataset
-        batches = epoch_order(len(data), FILL_BATCH, seed=0, epoch=None, lengths=lengths)
-        mine = batches[ask.processes.rank :: ask.processes.count]
+        mine = ordered_batches(len(data), FILL_BATCH, lengths)[ask.processes.rank :: ask.processes.count]
         for batch in _loader(ask, data, mine, found.train.epoch + view if part == "train" else None):
             begin = replayed.first + view * len(data)
             rows = batch.index.tolist()

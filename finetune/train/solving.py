@@ -11,11 +11,12 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from finetune.data.loaders import epoch_order, make_loader
+from finetune.data.loaders import make_loader
 from finetune.data.task import IGNORED, Task
 from finetune.model.convex import SolvedHead, capture_inputs, set_head, solve_head
 from finetune.model.outputs import target_scale
 from finetune.model.pretrained import Pretrained
+from finetune.train.evaluate import ordered_batches
 from finetune.train.processes import Processes
 
 BATCH = 32
@@ -45,7 +46,7 @@ def solve(
         **loader: Options of `make_loader`.
     """
     layer = cast(nn.Linear, pretrained.model.get_submodule(layer_name))
-    batches = epoch_order(len(data), BATCH, seed=0, epoch=None, lengths=lengths)[processes.rank :: processes.count]
+    batches = ordered_batches(len(data), BATCH, lengths)[processes.rank :: processes.count]
     pretrained.model.eval()
     found: list[tuple[int, np.ndarray, np.ndarray]] = []
     with torch.no_grad(), capture_inputs(layer) as captured:
