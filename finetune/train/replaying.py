@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from finetune.data.splits import Splits
 from finetune.model.boundary import Boundary, NoBoundary, find_boundary
 from finetune.model.groups import LayerGroups
 from finetune.model.pretrained import Pretrained
-from finetune.model.replay import NotEqual, Replay, check
+from finetune.model.replay import NotEqual, Replay, check, crossing
 from finetune.model.store import Store, make_store, plan_store
 from finetune.plan.settings import Settings
 from finetune.plan.stages import PlannedStage
@@ -34,6 +35,7 @@ from finetune.train.processes import Processes
 
 DISK_SHARE = 0.5  # of the disk space that is free
 FILL_BATCH = 32
+LEAST_SHARE = 0.1  # of a forward pass; below it, keeping costs as much as computing
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Request:
     loss: Loss
     seed: int
     cache: DecodedCache | None = None
+    again: bool = False  # this stage was replayed before it was interrupted: a clock must not decide otherwise now
 
 
 def open_stage(ask: Request, stage: PlannedStage, steps_per_epoch: int, epoch: int) -> tuple[StageReplay | None, str]:
@@ -168,6 +171,8 @@ def _prepared(ask: Request, views: int, augmented: bool, epoch: int) -> StageRep
     boundary = find_boundary(ask.pretrained.model, _forward(ask), _samples(ask))
     if ask.splits.task.modality == "image" and boundary.inputs:
         raise Refused("the images themselves are read above the frozen part")
+    if not ask.again and (share := _share(ask, boundary)) < LEAST_SHARE:
+        raise Refused(f"the frozen part is {share:.0%} of a forward pass")
     lengths = _row_lengths(ask, views)
     kept = torch.bfloat16 if ask.settings.replay == "bf16" else None
     shapes, dtypes, size = plan_store(boundary, views * train + valid, lengths, kept)
@@ -180,6 +185,29 @@ def _prepared(ask: Request, views: int, augmented: bool, epoch: int) -> StageRep
         made,
         f"{size / 2**20:.0f} MiB" + (f", {views} views" if augmented else "") + (" on disk" if path else ""),
     )
+
+
+def _share(ask: Request, boundary: Boundary) -> float:
+    """Part of the time of a forward pass that the frozen part takes: the least of two each, on a few examples."""
+    inputs = _samples(ask)[-1]
+    forward = _forward(ask)
+
+    def seconds(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            run()
+            if ask.processes.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    def prefix() -> None:
+        with ask.processes.autocast():
+            crossing(ask.pretrained, boundary, inputs)
+
+    with torch.no_grad():
+        return seconds(prefix) / seconds(lambda: forward(inputs))
 
 
 def _place(ask: Request, boundary: Boundary, views: int, epoch: int, size: int) -> Path | None:

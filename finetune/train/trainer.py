@@ -205,10 +205,12 @@ class Trainer:
 
     def open_replay(self, index: int) -> None:
         """Compute the frozen part of a stage once, where that pays."""
-        stage = self.plan.stages[index]
+        stage, before = self.plan.stages[index], self.progress.replayed[index : index + 1]
+        if before and not before[0][0]:
+            return
         request = Request(
             self.pretrained, self.splits, self.groups, self.settings, self.processes, self.lengths, self.folder,
-            self.loss, self.seed, self.cache,
+            self.loss, self.seed, self.cache, bool(before),
         )  # fmt: skip
         self.replay, why = open_stage(request, stage, self.plan.steps_per_epoch, self.epochs_before(index))
         self.progress.replayed[index:] = [(self.replay is not None, why)]

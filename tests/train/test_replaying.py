@@ -22,6 +22,12 @@ TWO = Plan(Stage(-1, epochs=3, shape=OneCycle()), Stage(2, epochs=3, shape=OneCy
 GIVEN = {"ema": False, "replay_views": 3}
 
 
+@pytest.fixture(autouse=True)
+def any_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In networks this small, the clock says little about what pays."""
+    monkeypatch.setattr(replaying, "LEAST_SHARE", 0.0)
+
+
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return vit_folder(tmp_path_factory.mktemp("vit") / "m")
@@ -68,6 +74,15 @@ def test_the_views_are_the_crops_of_the_first_epochs(twelve: Splits, vit: Path, 
     assert losses[0][: 3 * per_epoch] == pytest.approx(losses[1][: 3 * per_epoch], rel=1e-5)
     assert losses[0][3 * per_epoch :] != pytest.approx(losses[1][3 * per_epoch :], rel=1e-5)
     assert far(one, other) > 0
+
+
+def test_a_frozen_part_that_takes_next_to_nothing_is_computed(
+    twelve: Splits, vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replaying, "LEAST_SHARE", 2.0)
+    trainer = trained(twelve, vit, tmp_path / "run", Plan(Stage(1, epochs=2)), augment="none")
+    done, why = trainer.progress.replayed[0]
+    assert not done and why.endswith("% of a forward pass")
 
 
 def test_a_stage_too_short_to_gain_is_plain(twelve: Splits, vit: Path, tmp_path: Path) -> None:
