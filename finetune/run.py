@@ -1,6 +1,7 @@
 """What a run left behind: metrics, history and the trained model, with the verbs to use them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -60,12 +61,31 @@ class Run:
         target = Path(path) if path is not None else self.folder / "report.html"
         return write_report(self.folder, target) if self.is_main else target
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, commit_message: str = "Add model") -> str:
-        """Upload the plain checkpoint to the Hugging Face Hub; the URL of the commit."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str = "Add model",
+        create_pr: bool = False,
+        examples: Sequence[Any] = (),
+        dry_run: bool = False,
+    ) -> str:
+        """Upload the plain checkpoint to the Hugging Face Hub, with a card; the URL of the commit or pull request. In
+        a dry run, what would be sent. See `finetune.output.hub.push_to_hub` for the options.
+        """
         from finetune.output.hub import push_to_hub
 
-        return (
-            push_to_hub(self.folder / "model", repo_id, private=private, commit_message=commit_message)
-            if self.is_main
-            else ""
+        if not self.is_main:
+            return ""
+        return push_to_hub(
+            self.folder / "model",
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            examples=examples,
+            dry_run=dry_run,
         )

@@ -162,7 +162,10 @@ class _Known:
 
 
 class _Pass(TorchDispatchMode):
-    """One traced forward pass."""
+    """One traced forward pass.
+
+    What is known is kept by storage. One that is freed and used again is known anew by the operator that fills it.
+    """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Tensor], forced: set[Call]):
         super().__init__()
@@ -176,7 +179,6 @@ class _Pass(TorchDispatchMode):
         self.skippable: dict[Call, _Call] = {}
         self.spans: list[tuple[int, str]] = []  # when a call began, and of which module
         self.read = 0  # bits of what something alive has read
-        self.kept: list[Any] = []  # storages must not be freed and used again while the pass is on
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -197,7 +199,6 @@ class _Pass(TorchDispatchMode):
                 key = storage_of(tensor)
                 born = self.known[key].born if key in keys and key in self.known else -1 if key in keys else self.clock
                 self.known[key] = _Known(0 if live else sources, live, born)
-                self.kept.append(tensor)
         return out
 
     def enter(self, name: str) -> tuple[Call, int]:
@@ -292,7 +293,6 @@ def _traced(
         watch.finish(output)
         for buffer, before in buffers:
             buffer.copy_(before)
-    watch.kept.clear()
     return watch
 
 

@@ -88,6 +88,7 @@ class Trainer:
         self.last_valid: Evaluation | None = None
         self.lengths = {"train": self.lengths_of(splits.train), "valid": self.lengths_of(splits.valid)}
         self.evaluate_seconds = self.head_seconds = 0.0
+        self.saved_at = time.monotonic()
         self.epoch = 0
         order = epoch_order(len(splits.train), settings.batch_size, seed=seed, epoch=0)
         shortest = min(map(len, without_remainder(order, settings.batch_size)))

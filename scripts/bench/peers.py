@@ -122,7 +122,7 @@ def start_job(key: tuple[str, str, Any, int], options: argparse.Namespace, shard
     first = shard * options.threads % (os.cpu_count() or 1)
     environment = os.environ | {
         "OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-        "PYTHONWARNINGS": "ignore",
+        "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(HERE.parents[1]),  # the package of this very checkout
     }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=SCRATCH) as out:
         job = {"set": name, "rival": rival, "rate": rate, "seed": seed, "modality": SETS[name][0], "data": str(data),

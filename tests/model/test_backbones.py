@@ -471,7 +471,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> FakeHub:
 
 
 def test_only_safe_files_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = bert_folder(tmp_path / "m")
+    folder = bert_folder(tmp_path / ("1" * 40))  # the folder of a commit, as in the cache
     for name in ("pytorch_model.bin", "tf_model.h5", "code.py", "training_args.bin"):
         (folder / name).write_bytes(b"")
     hub = fake_hub(monkeypatch, folder)

@@ -1,10 +1,14 @@
-"""Loads exported folders with timm and transformers alone. Run as a program: `python -I plain_process.py JOBS RESULTS`.
+"""Loads models with timm and transformers alone. Run as a program: `python -I plain_process.py JOBS RESULTS`.
 
-JOBS is JSON: a list of {"folder", "how": "timm" | an Auto class | "pipeline:TASK", "input"}, the input a file of pixel
-values for the first two, a path or text for pipelines, or token ids for text models. RESULTS gets what came out.
+JOBS is JSON: a list of {"folder", "how": "timm" | an Auto class | "pipeline:TASK" | "program", "input"}, the folder also
+the name of a repository on the Hub, the input a file of pixel values for the first two, a path or text for pipelines, or
+token ids for text models; for a program, it is the program itself. RESULTS gets what came out.
 """
 
+import contextlib
+import io
 import json
+import os
 import sys
 
 sys.modules["finetune"] = None  # type: ignore[assignment]  # any import of it fails from here on
@@ -17,13 +21,19 @@ from safetensors.torch import load_file  # noqa: E402
 
 def run(job: dict) -> object:
     folder, how = job["folder"], job["how"]
+    if how == "program":
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(job["input"], {})
+        return printed.getvalue()
     if how.startswith("pipeline:"):
         pipe = transformers.pipeline(how.removeprefix("pipeline:"), model=folder, device="cpu")
         return pipe(job["input"], **job.get("options", {}))
     inputs = load_file(job["input"])
     with torch.no_grad():
         if how == "timm":
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+            place = "local-dir" if os.path.isdir(folder) else "hf-hub"
+            model = timm.create_model(f"{place}:{folder}", pretrained=True).eval()
             return {"logits": model(inputs["pixel_values"]).tolist(), "labels": model.pretrained_cfg.get("label_names")}
         model = getattr(transformers, how).from_pretrained(folder).eval()
         output = model(**inputs)
