@@ -133,7 +133,7 @@ def start_job(key: tuple[str, str, Any, int], options: argparse.Namespace, shard
             [python, __file__, "--job", json.dumps(job)], env=environment, cwd=out, capture_output=True, text=True
         )
         if process.returncode != 0:
-            return process.stderr[-2000:]
+            return f"exit {process.returncode}: {process.stderr[-2000:]}"
         result = json.loads((Path(out) / "result.json").read_text())
     row = {"set": name, "rows": SETS[name][1], "rival": rival, "rate": rate, "seed": seed, **result,
            "threads": options.threads, "commit": commit(), "date": date.today().isoformat(), "machine": processor(),
@@ -265,11 +265,10 @@ def report(clock: str) -> None:
     for cells in summary:
         line(*cells)
     for letter, values in ratios.items():
-        reached = [ratio for ratio in values if 0 < ratio < math.inf] or [math.nan]
-        mean = f"{statistics.geometric_mean(reached):.2f} over {len(reached)} of {len(values)} sets"
-        print(
-            f"\n{letter}: geometric mean of the ratios {mean}; left out: 0 (ours misses it) and inf (every peer does)."
-        )
+        reached = [ratio for ratio in values if 0 < ratio < math.inf]  # 0: ours misses it; inf: every peer does
+        if reached:
+            mean = f"{statistics.geometric_mean(reached):.2f} over the {len(reached)} of {len(values)} sets"
+            print(f"\n{letter}: geometric mean of the ratios {mean} where both arrive.")
 
 
 def line(*cells: object) -> None:
