@@ -148,7 +148,11 @@ def _write_timm(pretrained: Pretrained, task: Task | None, folder: Path) -> None
         "num_features": model.num_features,
     }
     if task is not None:
-        config |= {"label_names": list(task.labels), "problem_type": task.kind}
+        config |= {"label_names": list(task.labels), "problem_type": task.kind}  # timm's and transformers' words for it
+        config |= {
+            "id2label": dict(enumerate(task.labels)),
+            "label2id": {name: i for i, name in enumerate(task.labels)},
+        }
     config |= {"model_args": arguments} if arguments else {}
     write_json(folder / "config.json", config | {"pretrained_cfg": cfg})
     _save_tensors(model, folder / "model.safetensors")

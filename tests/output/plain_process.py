@@ -1,8 +1,8 @@
 """Loads models with timm and transformers alone. Run as a program: `python -I plain_process.py JOBS RESULTS`.
 
-JOBS is JSON: a list of {"folder", "how": "timm" | an Auto class | "pipeline:TASK" | "program", "input"}, the folder also
-the name of a repository on the Hub, the input a file of pixel values for the first two, a path or text for pipelines, or
-token ids for text models; for a program, it is the program itself. RESULTS gets what came out.
+JOBS is JSON: a list of {"folder", "how": "timm" | an Auto class | "pipeline:TASK" | "program", "input"}. The folder may
+also be the name of a repository on the Hub. The input is a file of pixel values for the first two, a path or text for
+pipelines, token ids for text models, and for a program the program itself. RESULTS gets what came out.
 """
 
 import contextlib

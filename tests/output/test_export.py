@@ -257,6 +257,8 @@ def test_timm_config_says_what_evaluation_used(cases: dict[str, Case]) -> None:
     config = json.loads((cases["vit96"].folder / "config.json").read_text())
     assert config["model_args"] == {"img_size": [96, 96]}
     assert config["label_names"] == ["cat", "dog"] and config["num_classes"] == 2
+    assert config["id2label"] == {"0": "cat", "1": "dog"} and config["label2id"] == {"cat": 0, "dog": 1}
+    assert config["problem_type"] == "multi_label_classification"
     cfg = config["pretrained_cfg"]
     assert cfg["input_size"] == [3, 96, 96] and cfg["crop_pct"] == 0.95 and "test_input_size" not in cfg
     same = json.loads((cases["same"].folder / "config.json").read_text())

@@ -1,7 +1,10 @@
 """Uploading to a stand-in for the Hub by the real client: what arrives there, and what is said when it does not."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,10 @@ import yaml
 
 from finetune.errors import RunError
 from finetune.output.hub import push_to_hub
-from tests.hub_client import Client, Said
+from finetune.run import Run
+from tests.hub_client import Client, Said, hub_environment
 from tests.hub_server import Hub
-from tests.output.test_card import RECORD, make_model
+from tests.output.test_card import NOTES, RECORD, make_model
 
 PUSH = "finetune.output.hub:push_to_hub"
 
@@ -343,12 +347,62 @@ def test_who_may_not(tmp_path: Path, hub: Hub, client: Client) -> None:
     assert all(not repository.files.get("model.safetensors") for repository in hub.repositories.values())
 
 
-def test_a_secret_in_an_error_is_not_repeated(tmp_path: Path, hub: Hub, client: Client) -> None:
+@pytest.mark.parametrize("token", ["hf_secretsecret", "may-write"])
+def test_a_secret_in_an_error_is_not_repeated(tmp_path: Path, hub: Hub, client: Client, token: str) -> None:
     hub.accounts["hf_secretsecret"] = hub.accounts["may-write"]
-    message = "hf_secretsecret is not good enough, see https://s3/x?X-Amz-Signature=abc"
+    message = f"{token} or hf_anothersecret is not good enough, see https://s3/x?X-Amz-Signature=abc"
     hub.fail("POST", "/commit/", 400, message=message)
-    said = refusal(client.call(PUSH, make_model(tmp_path / "run", record=None), "me/new", token="hf_secretsecret"))
-    assert "400: *** is not good enough, see https://s3/x;" in said
+    said = refusal(client.call(PUSH, make_model(tmp_path / "run", record=None), "me/new", token=token))
+    assert "400: *** or *** is not good enough, see https://s3/x;" in said
+
+
+def test_what_the_hub_knows_of_backbone_and_data(tmp_path: Path, hub: Hub, client: Client) -> None:
+    hub.repository(NOTES["base_model"]).put({"README.md": "---\nlanguage: en\nlicense: apache-2.0\n---\n"})
+    hub.repository("me/hidden", "datasets", private=True).put({"train.csv": "text,label\n"})
+
+    def head_with(source: str) -> dict[str, Any]:
+        record = RECORD | {"data": RECORD["data"] | {"source": source}}
+        run = make_model(tmp_path / source.replace("/", "_"), record=record)
+        client.value(PUSH, run, "me/new")
+        return head_of(hub.repository("me/new").files["README.md"])
+
+    head = head_with("me/hidden")
+    assert head["language"] == ["en"] and head["datasets"] == ["me/hidden"] and "widget" not in head
+    assert "datasets" not in head_with("photos/pets")  # a folder that is called like a data set
+
+
+def test_rows_of_a_public_data_set_are_shown(tmp_path: Path, hub: Hub, client: Client) -> None:
+    from finetune.data.task import Task
+    from finetune.model.backbones import load_backbone
+    from finetune.output.export import save_pretrained
+    from tests.tiny import bert_folder
+
+    rows = "a film,yes\nthe story,no\na good film,yes\n"
+    hub.repository("me/reviews", "datasets").put(
+        {"train.csv": f"text,label\n{rows}", "test.csv": f"text,label\n{rows}"}
+    )
+    of = Task("single_label_classification", "text", ("no", "yes"))
+    save_pretrained(load_backbone(bert_folder(tmp_path / "bert"), of), of, tmp_path / "run" / "model")
+    data = RECORD["data"] | {"source": "me/reviews", "columns": {"text": "text", "label": "label"}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(RECORD | {"data": data}))
+    client.value(PUSH, tmp_path / "run", "me/new")
+    widget = head_of(hub.repository("me/new").files["README.md"])["widget"]
+    assert [entry["text"] for entry in widget] == ["a film", "the story"]
+    assert all({output["label"] for output in entry["output"]} == {"yes", "no"} for entry in widget)
+
+
+def test_by_command_and_by_run(tmp_path: Path, hub: Hub) -> None:
+    run = make_model(tmp_path / "run", record=None)
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune.verbs_cli", "push", str(run), "me/new", "--revision=v2", "--message=Mine"],
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
+        env=os.environ | hub_environment(hub.url, tmp_path / "hf") | {"HF_TOKEN": "may-write"},
+    )  # fmt: skip
+    commit = hub.repository("me/new").resolve("v2")
+    assert done.returncode == 0 and done.stdout == f"{hub.url}/me/new/commit/{commit.oid}\n" and commit.title == "Mine"
+    said = Run(run, {}, None, None, []).push_to_hub("me/new", dry_run=True)  # type: ignore[arg-type]
+    assert said.startswith("me/new: would get ")
+    assert Run(run, {}, None, None, [], is_main=False).push_to_hub("me/new") == ""  # type: ignore[arg-type]
 
 
 def test_no_token_and_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
