@@ -172,7 +172,7 @@ def _prepared(ask: Request, views: int, augmented: bool, epoch: int) -> StageRep
     if ask.splits.task.modality == "image" and boundary.inputs:
         raise Refused("the images themselves are read above the frozen part")
     if not ask.again and (share := _share(ask, boundary)) < LEAST_SHARE:
-        raise Refused(f"the frozen part is {share:.0%} of a forward pass")
+        raise Refused(f"not worth keeping: the frozen part is {share:.0%} of a forward pass")
     lengths = _row_lengths(ask, views)
     kept = torch.bfloat16 if ask.settings.replay == "bf16" else None
     shapes, dtypes, size = plan_store(boundary, views * train + valid, lengths, kept)
