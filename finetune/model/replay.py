@@ -223,10 +223,10 @@ def check(
                 torch.manual_seed(0)  # the same dropout in both
                 with autocast():
                     outputs = forward()
-                    low = any(t.dtype in (torch.bfloat16, torch.float16) for t in tree_leaves(outputs))
-                    value = loss(tree_map(lambda t: t.float(), outputs), targets)
+                    low = any(t.dtype in (torch.bfloat16, torch.float16) for t in _tensors(outputs))
+                    value = loss(tree_map(lambda t: t.float() if isinstance(t, Tensor) else t, outputs), targets)
                 gradients = torch.autograd.grad(value, list(opened.values()), allow_unused=True)
-            results.append(([tensor.detach() for tensor in tree_leaves(outputs)], gradients))
+            results.append(([tensor.detach() for tensor in _tensors(outputs)], gradients))
         (plain, plain_gradients), (replayed, replayed_gradients) = results
         low = low or any(dtype == torch.bfloat16 for dtype in replay.store.dtypes)
         tolerance, tolerance_of_gradients = TOLERANCE[torch.bfloat16 if low else torch.float32]
@@ -242,6 +242,10 @@ def check(
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def _compare(what: str, plain: Tensor, replayed: Tensor, tolerance: float, least: float = 0.0) -> None:

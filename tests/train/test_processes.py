@@ -1,5 +1,9 @@
 """One process, and what it takes to be one of several; the precision that a machine is good at."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ from torch import nn
 
 from finetune.errors import RunError
 from finetune.train.processes import Processes, native_precision, start_processes
+from tests.tiny import vit_folder
 
 
 @pytest.fixture
@@ -97,3 +102,26 @@ def test_autocast_is_the_precision(one: Processes) -> None:
         assert layer(x).dtype == torch.bfloat16
     with Processes(one.accelerator, "fp32").autocast():
         assert layer(x).dtype == torch.float32
+
+
+# Several processes
+
+
+@pytest.mark.recipe
+def test_two_processes_are_one(squares: Path, tmp_path: Path) -> None:
+    """At the same global batch: the head that is solved, each process's share of a store, and every loss after it."""
+    backbone = vit_folder(tmp_path / "vit")
+    program, found = Path(__file__).parent / "two_processes.py", {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    for count in (1, 2):
+        out = tmp_path / f"run{count}"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if count == 2 else []
+        arguments = [sys.executable, *launch, str(program), str(squares), str(backbone), str(out)]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[count] = json.loads((out / "found.json").read_text())
+    for kind, replayed in (("solved", [False]), ("replayed", [True, True, False])):
+        one, two = found[1][kind], found[2][kind]
+        assert (one["processes"], two["processes"]) == (1, 2)
+        assert one["replayed"] == two["replayed"] == replayed
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-6)
