@@ -21,7 +21,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 NOT_CLASSES = frozenset(("__macosx", "@eadir", "__pycache__"))  # left behind by archives, servers and Python
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?")
 
 
 def load_images(
@@ -194,16 +194,20 @@ def of_datasets(splits: dict[str, Any]) -> dict[str, Part]:
 
 
 def read_hub(name: str) -> dict[str, Part]:
-    """Load a data set from the Hugging Face Hub: "owner/name" or "owner/name:config"."""
+    """Load a data set from the Hugging Face Hub: "owner/name", with ":config" and "@revision" where there are such."""
     if not HUB_NAME.fullmatch(name):
         raise DataError(f"{name}: no such file or folder; check the path")
-    repository, _, config = name.partition(":")
+    place, _, revision = name.partition("@")
+    repository, _, config = place.partition(":")
     try:
-        loaded = datasets.load_dataset(repository, config or None)
+        loaded = datasets.load_dataset(repository, config or None, revision=revision or None)
     except Exception as error:  # datasets raises about everything, from network to format
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        advice = "check the name and the revision, or log in with `hf auth login`"
+        if "gated" in reason:
+            advice = f"ask for access on https://huggingface.co/datasets/{repository}, then log in with `hf auth login`"
         raise DataError(
-            f"{name}: no such file or folder, and not to be had from the Hub ({reason}); check the name"
+            f"{name}: no such file or folder, and not to be had from the Hub ({reason}); {advice}"
         ) from None
     return of_datasets(dict(loaded))
 

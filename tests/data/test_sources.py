@@ -187,20 +187,31 @@ def test_sources_that_are_not_there(data: object, message: str):
     assert str(error.value) == message
 
 
-def test_hub_name_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch):
-    asked = []
+@pytest.mark.parametrize(
+    ("name", "asked", "reason", "advice"),
+    [
+        ("owner/name:part", ("owner/name", "part", None), "offline",
+         "check the name and the revision, or log in with `hf auth login`"),
+        ("owner/name@v1/x", ("owner/name", None, "v1/x"), "is a gated dataset",
+         "ask for access on https://huggingface.co/datasets/owner/name, then log in with `hf auth login`"),
+        ("owner/name:part@main", ("owner/name", "part", "main"), "offline",
+         "check the name and the revision, or log in with `hf auth login`"),
+    ],
+)  # fmt: skip
+def test_hub_name_that_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[object, ...], reason: str, advice: str
+):
+    found = []
 
-    def refuse(*arguments: object) -> None:
-        asked.append(arguments)
-        raise ConnectionError("offline")
+    def refuse(repository: str, config: str | None, revision: str | None) -> None:
+        found.append((repository, config, revision))
+        raise ConnectionError(reason)
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError) as error:
-        load_table("owner/name:part")
-    assert str(error.value) == (
-        "owner/name:part: no such file or folder, and not to be had from the Hub (offline); check the name"
-    )
-    assert asked == [("owner/name", "part")]
+        load_table(name)
+    assert str(error.value) == f"{name}: no such file or folder, and not to be had from the Hub ({reason}); {advice}"
+    assert found == [asked]
 
 
 def test_empty_folder(tmp_path: Path):
