@@ -1,7 +1,6 @@
 """Model, data, layer groups, plan and settings go in; trained weights, history and the log of every step come out."""
 
 import itertools
-import json
 import math
 import shutil
 import time
@@ -39,8 +38,8 @@ from finetune.train.selection import (
     standing,
 )
 from finetune.train.solving import solve
+from finetune.train.steplog import StepLog
 
-FLUSH_STEPS = 20  # On a GPU, losses are read back this seldom: reading one waits for the device.
 CHECKPOINT_SECONDS = 60.0
 
 
@@ -97,8 +96,7 @@ class Trainer:
                 f"batch_size={settings.batch_size}: the shortest batch has {shortest} examples, too few for "
                 f"{processes.count} processes with accumulation={settings.accumulation}; give a larger batch_size"
             )
-        self.pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
-        self.log: Any = None
+        self.log = StepLog(None, settings.lr)
 
     def run(self) -> Outcome:
         """Train through every stage of the plan, from a checkpoint if the folder holds one, and keep the best
@@ -106,7 +104,7 @@ class Trainer:
         torch.manual_seed(self.seed + 1 + self.processes.rank)
         self.resume()
         self.saved_at = time.monotonic()
-        self.log = (self.folder / "steps.jsonl").open("a") if self.processes.is_main else None
+        self.log = StepLog(self.folder / "steps.jsonl" if self.processes.is_main else None, self.settings.lr)
         try:
             why = self.train()
             self.close_replay()
@@ -134,8 +132,7 @@ class Trainer:
         self.close_replay()
         if self.cache is not None:
             self.cache.close()
-        if self.log is not None:
-            self.log.close()
+        self.log.close()
 
     def lengths_of(self, dataset: Dataset) -> list[int] | None:
         """Tokens of each row, by which batches of text are put together."""
@@ -181,7 +178,7 @@ class Trainer:
                 losses.append(self.step(micro_batches, point))
                 self.update_average(index)
                 self.progress.step += 1
-            self.flush()
+            self.log.flush(self.progress)
             self.progress.stage_seconds[index:] = [time.monotonic() - begin]
             self.end_epoch(
                 index, epoch + 1, math.ceil(stage.steps / steps_per_epoch), float(torch.stack(losses).mean())
@@ -283,57 +280,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.processes.count > 1:
             loss = self.processes.accelerator.reduce(loss, reduction="sum")
-        record = {
-            "step": self.progress.step,
-            "stage": point.stage,
-            "rates": point.rates,
-            "momentum": point.momentum,
-            "seconds": time.monotonic() - begin,
-        }
-        self.pending.append((record, loss, norm))
-        if self.processes.device.type == "cpu" or len(self.pending) >= FLUSH_STEPS:
-            self.flush()
+        self.log.add(self.progress, point, loss, norm, time.monotonic() - begin)
         return loss
-
-    def flush(self) -> None:
-        """Read back and log the losses of the last steps.
-
-        Raises:
-            Diverged: A loss that is not a number, or one far above where training began.
-        """
-        pending, self.pending = self.pending, []
-        for record, loss_tensor, norm in pending:
-            loss, progress = float(loss_tensor), self.progress
-            if self.log is not None:
-                self.log.write(
-                    json.dumps(
-                        {
-                            "step": record["step"],
-                            "stage": record["stage"],
-                            "loss": loss if math.isfinite(loss) else None,
-                            "rates": [float(f"{rate:.6g}") for rate in record["rates"]],
-                            "momentum": record["momentum"],
-                            "grad_norm": float(norm) if math.isfinite(float(norm)) else None,
-                            "seconds": round(record["seconds"], 4),
-                        }
-                    )
-                    + "\n"
-                )
-            if not math.isfinite(loss):
-                raise Diverged(
-                    f"step {record['step']}: the loss is {loss}; try a lower rate (lr={self.settings.lr / 3:.1g})"
-                )
-            progress.first_loss = loss if progress.first_loss is None else progress.first_loss
-            progress.smooth_loss = loss if progress.smooth_loss is None else 0.9 * progress.smooth_loss + 0.1 * loss
-            # A solved head begins near 0, and random crops alone cost a multiple of that: less than a guess is no harm.
-            if progress.smooth_loss > 4.0 * max(progress.first_loss, 0.5):
-                raise Diverged(
-                    f"step {record['step']}: the loss rose from {progress.first_loss:.3g} to "
-                    f"{progress.smooth_loss:.3g}; "
-                    f"try a lower rate (lr={self.settings.lr / 3:.1g})"
-                )
-        if self.log is not None:
-            self.log.flush()
 
     def update_average(self, stage: int) -> None:
         """Take the weights into their average, now and then over the end of the last stage."""
