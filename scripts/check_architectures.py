@@ -74,14 +74,7 @@ class Result:
 
 def main() -> int:
     """Check the networks that the command line asks for; print and write the table; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", choices=["timm", "transformers"])
-    parser.add_argument("--only", default="", help="regular expression over the names")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    options = asked(__doc__)
     started = time.process_time()
     results = []
     for family, name, build in cases():
@@ -98,6 +91,18 @@ def main() -> int:
     if not (options.family or options.only):
         write(results, share, time.process_time() - started)
     return 0 if share >= 0.95 else 1
+
+
+def asked(about: str) -> argparse.Namespace:
+    """Which networks the command line asks for; what building them would print is switched off."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--family", choices=["timm", "transformers"])
+    parser.add_argument("--only", default="", help="regular expression over the names")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return parser.parse_args()
 
 
 def line(result: Result) -> str:

@@ -10,15 +10,12 @@ boundary is refused, or the check finds a difference, training would go on plain
 reason. "WRONG" would be a difference that the package's own check lets pass: it is looked for with another batch.
 """
 
-import argparse
 import ctypes
 import gc
 import json
-import logging
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from typing import Any
 import timm
 import torch
 import transformers
-from check_architectures import Network, cases, reason
+from check_architectures import Network, asked, cases, reason
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -43,14 +40,7 @@ SLOW = ("deepseek_vit",)  # a forward pass of 4,096 tokens takes half a minute, 
 
 def main() -> int:
     """Check the networks that the command line asks for; print and write the table; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", choices=["timm", "transformers"])
-    parser.add_argument("--only", default="", help="regular expression over the names")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    options = asked(__doc__)
     rows = []
     for family, name, build in cases():
         if options.family in (None, family) and re.search(options.only, name) and (options.only or name not in SLOW):

@@ -1,5 +1,6 @@
 """Small data and backbones that several parts train on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 
 from finetune.data.sources import load_images
 from finetune.data.splits import Splits
+from tests.hub_client import Client
+from tests.hub_server import Hub
 from tests.tiny import bert_folder, timm_folder
 
 torch.set_num_threads(1)
@@ -46,3 +49,17 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers folder: a small BERT, with its dropout, without a classifier."""
     return bert_folder(tmp_path_factory.mktemp("bert") / "m")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
+    """A Hub on loopback."""
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def client(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A process with the real client, whose Hub is `server`."""
+    with Client(server.url, tmp_path_factory.mktemp("client")) as client:
+        yield client

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
-from finetune.model.tracing import reads_shape_only, storage_of
+from finetune.model.tracing import reads_shape_only, storage_of, unchanged
 
 Call = tuple[str, int]  # name of a module, and which of its calls in a forward pass
 ROUNDS = 12  # Each round gives up skipping some calls; networks of this day need one to four.
@@ -90,11 +90,6 @@ class Boundary:
     skipped: dict[Call, Skipped]
     stored: tuple[tuple[Call, int], ...]
     inputs: frozenset[str]
-
-    @property
-    def last(self) -> Call:
-        """The call after which nothing more of the prefix is needed."""
-        return self.stored[-1][0]
 
 
 def find_boundary(
@@ -285,14 +280,9 @@ def _traced(
     for name, module in model.named_modules():
         if name and not isinstance(module, torch.jit.ScriptModule):
             handlers[name] = _noting(watch, name)
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=cuda), torch.no_grad():
-        with patched(model, handlers), watch:
-            output = forward(batch)
-        watch.finish(output)
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    with unchanged(model), torch.no_grad(), patched(model, handlers), watch:
+        output = forward(batch)
+    watch.finish(output)
     return watch
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from finetune.model.boundary import Boundary, Call, Skipped, patched, tokens_in
 from finetune.model.pretrained import Pretrained
 from finetune.model.store import Store
+from finetune.model.tracing import unchanged
 
 # Norm of the difference over the norm of what is computed. Rounding moves gradients further than outputs: where a ReLU
 # is all but 0, it decides whether there is a gradient at all.
@@ -214,12 +215,10 @@ def check(
     """
     model = replay.pretrained.model
     opened = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     for inputs, rest, rows, targets in batches:
         results = []
         for forward in (lambda i=inputs: replay.pretrained.forward(i), lambda r=rest, k=rows: replay.forward(r, k)):
-            with torch.random.fork_rng(devices=cuda):
+            with unchanged(model):
                 torch.manual_seed(0)  # the same dropout in both
                 with autocast():
                     outputs = forward()
@@ -239,9 +238,6 @@ def check(
                 raise NotEqual(f"only one way gives {name} a gradient")
             if a is not None and b is not None:
                 _compare(f"gradients of {name}", a, b, tolerance_of_gradients, least)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

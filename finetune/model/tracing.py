@@ -170,6 +170,20 @@ def _nearest_call(parameter: str, called: dict[str, int]) -> int:
 
 
 @contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers (statistics of batch norms) and random numbers are as before afterwards, whatever happened inside."""
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; training flags and the random state of CPU and model devices as before afterwards."""
     flags = [(module, module.training) for module in model.modules()]

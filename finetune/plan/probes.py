@@ -9,6 +9,7 @@ import torch
 from finetune.data.loaders import Batch
 from finetune.model.groups import LayerGroups, set_mode, set_trainable
 from finetune.model.pretrained import Pretrained
+from finetune.model.tracing import unchanged
 
 
 def seconds_per_step(
@@ -27,8 +28,7 @@ def seconds_per_step(
     batch = batch.to(device)
     set_trainable(pretrained.model, groups, open_from)
     set_mode(pretrained.model, groups, open_from)
-    buffers = {name: buffer.clone() for name, buffer in pretrained.model.named_buffers()}
-    with torch.random.fork_rng(devices=[]):
+    with unchanged(pretrained.model):  # a new BatchNorm takes the batch into its statistics
         times = []
         for _ in range(repeats):
             begin = time.perf_counter()
@@ -37,9 +37,6 @@ def seconds_per_step(
             value.backward()
             times.append(time.perf_counter() - begin + 0.0 * float(value.detach()))
     pretrained.model.zero_grad(set_to_none=True)
-    with torch.no_grad():  # a new BatchNorm has taken the batch into its statistics
-        for name, buffer in pretrained.model.named_buffers():
-            buffer.copy_(buffers[name])
     return min(times)
 
 

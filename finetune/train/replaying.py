@@ -24,7 +24,6 @@ from finetune.data.decoded import DecodedCache
 from finetune.data.loaders import Batch, epoch_order, make_loader, target_tensor
 from finetune.data.splits import Splits
 from finetune.model.boundary import Boundary, NoBoundary, find_boundary
-from finetune.model.groups import LayerGroups
 from finetune.model.pretrained import Pretrained
 from finetune.model.replay import NotEqual, Replay, check, crossing
 from finetune.model.store import Store, make_store, plan_store
@@ -94,7 +93,6 @@ class Request:
 
     pretrained: Pretrained
     splits: Splits
-    groups: LayerGroups
     settings: Settings
     processes: Processes
     lengths: dict[str, list[int] | None]
@@ -168,10 +166,11 @@ def _agreed(processes: Processes, action: Callable[[], Any]) -> Any:
 def _prepared(ask: Request, views: int, augmented: bool, epoch: int) -> StageReplay:
     """The boundary, and an empty store for what crosses it."""
     train, valid = len(ask.splits.train), len(ask.splits.valid)
-    boundary = find_boundary(ask.pretrained.model, _forward(ask), _samples(ask))
+    samples = _samples(ask)
+    boundary = find_boundary(ask.pretrained.model, _forward(ask), samples)
     if ask.splits.task.modality == "image" and boundary.inputs:
         raise Refused("the images themselves are read above the frozen part")
-    if not ask.again and (share := _share(ask, boundary)) < LEAST_SHARE:
+    if not ask.again and (share := _share(ask, boundary, samples[-1])) < LEAST_SHARE:
         raise Refused(f"not worth keeping: the frozen part is {share:.0%} of a forward pass")
     lengths = _row_lengths(ask, views)
     kept = torch.bfloat16 if ask.settings.replay == "bf16" else None
@@ -187,9 +186,8 @@ def _prepared(ask: Request, views: int, augmented: bool, epoch: int) -> StageRep
     )
 
 
-def _share(ask: Request, boundary: Boundary) -> float:
+def _share(ask: Request, boundary: Boundary, inputs: dict[str, torch.Tensor]) -> float:
     """Part of the time of a forward pass that the frozen part takes: the least of two each, on a few examples."""
-    inputs = _samples(ask)[-1]
     forward = _forward(ask)
 
     def seconds(run: Callable[[], Any]) -> float:

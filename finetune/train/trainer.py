@@ -207,7 +207,7 @@ class Trainer:
         if before and not before[0][0]:
             return
         request = Request(
-            self.pretrained, self.splits, self.groups, self.settings, self.processes, self.lengths, self.folder,
+            self.pretrained, self.splits, self.settings, self.processes, self.lengths, self.folder,
             self.loss, self.seed, self.cache, bool(before),
         )  # fmt: skip
         self.replay, why = open_stage(request, stage, self.plan.steps_per_epoch, self.epochs_before(index))
@@ -226,10 +226,10 @@ class Trainer:
             self.replay.close()
         self.replay = None
 
-    def forward(self, batch: Batch, epoch: int) -> Any:
+    def forward(self, batch: Batch) -> Any:
         """Outputs for a training batch of `steps_of_epoch`."""
         if self.replay is not None:
-            return self.replay.train.forward(batch, epoch, self.wrapped)
+            return self.replay.train.forward(batch, self.epoch, self.wrapped)
         return self.pretrained.forward(batch.inputs, model=self.wrapped)
 
     def steps_of_epoch(self, stage: int, epoch: int, offset: int) -> Iterator[list[Batch]]:
@@ -267,7 +267,7 @@ class Trainer:
             batch = batch.to(self.processes.device)
             with self.processes.sync_gradients(self.wrapped, number == len(micro_batches)):
                 with self.processes.autocast():
-                    outputs = as_float(self.forward(batch, self.epoch))
+                    outputs = as_float(self.forward(batch))
                 part = self.loss(outputs, cast(torch.Tensor, batch.targets)) * (count / total)
                 # Gradients are averaged over the processes, and the loss is a sum over them.
                 self.processes.accelerator.backward(part * self.processes.count)

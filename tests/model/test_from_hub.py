@@ -25,18 +25,6 @@ def load(name: str) -> list[object]:  # in the client's process
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with Client(server.url, tmp_path_factory.mktemp("client")) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def offline(server: Hub, client: Client, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A client in offline mode that has the same cache."""
     home = {"HF_HOME": str(client.cache), "HF_HUB_CACHE": str(client.cache / "hub"), "HF_HUB_OFFLINE": "1"}

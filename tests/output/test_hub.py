@@ -23,12 +23,6 @@ PUSH = "finetune.output.hub:push_to_hub"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
 def client(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with Client(server.url, tmp_path_factory.mktemp("client")) as client:
         yield client

@@ -1,7 +1,6 @@
 """The stand-in for the Hub, asked by the real huggingface_hub client: it does what the Hub does, and no favours."""
 
 import json
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from urllib.error import HTTPError
@@ -66,18 +65,6 @@ def metadata(repo_id: str, path: str) -> list[object]:
 
 
 # The tests
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def client(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with Client(server.url, tmp_path_factory.mktemp("client")) as client:
-        yield client
 
 
 @pytest.fixture
