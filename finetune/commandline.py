@@ -14,8 +14,8 @@ def cli(main: Callable[..., Any]) -> None:
     """Run `main` with the options of the command line: names, types, defaults and help come from its signature and
     docstring.
 
-    An error meant for the user is printed in one line, by the first process alone, and ends with status 2; Ctrl-C
-    with 130.
+    An error meant for the user is printed in one line, by the first process alone, and ends with status 2; a signal
+    with 128 and its number, as a shell has it.
     """
     first = os.environ.get("RANK", "0") == "0"
     try:
@@ -24,5 +24,7 @@ def cli(main: Callable[..., Any]) -> None:
         if first:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        if first and stopped.args:
+            print(f"Stopped   {stopped}", file=sys.stderr)
+        sys.exit(128 + getattr(stopped, "signal", 2))

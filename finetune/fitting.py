@@ -20,6 +20,7 @@ from finetune.model.groups import LayerGroups, layer_groups
 from finetune.model.heads import Head
 from finetune.model.outputs import scale_outputs, scaled_loss, target_scale
 from finetune.model.pretrained import Pretrained
+from finetune.model.sharding import put_back
 from finetune.output.export import save_pretrained
 from finetune.output.record import describe_run, identity_of, starting_record, test_predictions, versions
 from finetune.plan.probes import epochs_in, seconds_per_step
@@ -50,7 +51,10 @@ def fit(
     image_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
+    save_minutes: float = 1.0,
+    save_steps: int | None = None,
     overwrite: bool = False,
+    resume_anyway: bool = False,
 ) -> Run:
     """Fine-tune a pretrained backbone on data; write the run folder.
 
@@ -72,7 +76,13 @@ def fit(
         image_size: Pixels of a side; by default the checkpoint's.
         settings: Any other dial of `Settings` by name, such as {"span": 1.0}.
         seed: Same seed, same run.
+        save_minutes: Time between checkpoints, of which the last two are kept until the run ends; more of it where
+            they would take more than a twentieth of the time.
+        save_steps: Optimizer steps between checkpoints, in addition.
         overwrite: Replace another run in `out`.
+        resume_anyway: Go on with an unfinished run in `out` that was begun with other data or options.
+
+    Ctrl-C and SIGTERM end it after the step that runs, and save it; the same request goes on from there.
 
     Raises:
         DataError: The data cannot be read, or training on it would be meaningless.
@@ -85,6 +95,8 @@ def fit(
         raise PlanError("minutes: sets the number of epochs, which epochs= or plan= set too; give one of them")
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, **(settings or {})}
     processes = start_processes()
+    if minutes is not None and processes.sharded:
+        raise PlanError("minutes: is measured on one device, and this model is spread over several; give epochs")
     say = print if processes.is_main else _silent
 
     splits = data if isinstance(data, Splits) else load_dataset(data, seed=seed)
@@ -97,12 +109,13 @@ def fit(
     if isinstance(backbone, nn.Module):
         name = type(backbone).__name__
     identity = identity_of(splits, name, given, plan, seed, minutes=minutes, image_size=image_size)
-    resuming = processes.first(lambda: open_folder(folder, identity, overwrite=overwrite))
+    resuming = processes.first(lambda: open_folder(folder, identity, overwrite=overwrite, resume_anyway=resume_anyway))
 
     if not isinstance(backbone, Pretrained):
         backbone = load_backbone(backbone, splits.task, head=head, image_size=image_size, seed=seed)
     pretrained = backbone
-    pretrained.model.to(processes.device)
+    if not processes.sharded:  # the parts of one that is go to the device instead
+        pretrained.model.to(processes.device)
     groups = groups if groups is not None else layer_groups(pretrained)
     weights = sum(group.size for group in groups)
     say(f"Backbone  {name}, {weights / 1e6:.3g} M parameters, {len(groups)} layer groups")
@@ -139,8 +152,9 @@ def fit(
     for number, line in enumerate(str(resolved).splitlines()):
         say(f"{'Plan' if number == 0 else '':<9} {line}")
 
+    trained = processes.shard(pretrained, groups)
     trainer = Trainer(
-        pretrained,
+        trained,
         splits,
         groups,
         resolved,
@@ -151,6 +165,8 @@ def fit(
         seed=seed,
         own_metrics=metrics,
         solvable=layer,
+        save_minutes=save_minutes,
+        save_steps=save_steps,
         say=say,
     )
     record = starting_record(splits, pretrained, chosen, identity, processes.count, seed)
@@ -158,7 +174,7 @@ def fit(
         write_record(folder, record)
         splits.report.left_out_csv(folder / "left_out.csv")
     test, began = None, time.monotonic()
-    unscale = scale_outputs(pretrained, *scale) if scale is not None else None
+    unscale = scale_outputs(trained, *scale) if scale is not None else None
     try:
         outcome = trainer.run()
         train_seconds = time.monotonic() - began - outcome.evaluate_seconds - trainer.head_seconds
@@ -169,6 +185,8 @@ def fit(
     finally:
         if unscale is not None:  # also after Ctrl-C: in a notebook the same model may be given again
             unscale()
+    if processes.sharded:
+        put_back(trained.model, pretrained.model)
     exporting = time.monotonic()
     if processes.is_main:
         save_pretrained(pretrained, splits.task, folder / "model")

@@ -52,14 +52,16 @@ def metrics(outputs: dict[str, np.ndarray], targets_NK: np.ndarray) -> dict[str,
 def main(
     data: str, backbone: str = "timm/convnext_nano.in12k_ft_in1k", *, out: Path = Path("runs/custom_head"),
     minutes: float | None = None, epochs: float | None = None, lr: float | None = None, batch_size: int | None = None,
-    seed: int = 0, test: str | None = None, overwrite: bool = False,
+    seed: int = 0, test: str | None = None, save_minutes: float = 1.0, overwrite: bool = False,
+    resume_anyway: bool = False,
 ) -> None:  # fmt: skip
     """Fine-tune a backbone under a head with two outputs; write the run to `out`."""
     columns = CELLS + [f"n_{cell}" for cell in CELLS]
     splits = finetune.load_table(data, image="file", label=columns, task="regression", test=test, seed=seed)
     run = finetune.fit(
         splits, backbone, head=PresentAndCounted, loss=loss, metrics=metrics, out=out, minutes=minutes, epochs=epochs,
-        lr=lr, batch_size=batch_size, seed=seed, overwrite=overwrite,
+        lr=lr, batch_size=batch_size, seed=seed, save_minutes=save_minutes, overwrite=overwrite,
+        resume_anyway=resume_anyway,
     )  # fmt: skip
     run.write_report()
     again = finetune.load(run.folder, head=PresentAndCounted)

@@ -24,7 +24,9 @@ def main(
     seed: int = 0,
     test: str | None = None,
     push_to_hub: str | None = None,
+    save_minutes: float = 1.0,
     overwrite: bool = False,
+    resume_anyway: bool = False,
 ) -> None:
     """Fine-tune a tagger of words; write the model and the report to `out`.
 
@@ -39,7 +41,9 @@ def main(
         seed: Same seed, same run.
         test: Sentences to report on, kept out of every decision; by default the `test` part of the data, if it has one.
         push_to_hub: Also upload the model to this repository (owner/name).
+        save_minutes: Time between checkpoints.
         overwrite: Replace another run in `out`.
+        resume_anyway: Go on with an unfinished run in `out` that was begun with other data or options.
     """
     splits = finetune.load_table(data, task="tokens", test=test, seed=seed)
     run = finetune.fit(
@@ -51,7 +55,9 @@ def main(
         lr=lr,
         batch_size=batch_size,
         seed=seed,
+        save_minutes=save_minutes,
         overwrite=overwrite,
+        resume_anyway=resume_anyway,
     )
     run.write_report()
     if push_to_hub:

@@ -24,7 +24,6 @@ from finetune.data.task import default_loss
 from finetune.errors import DataError, PlanError, RunError
 from finetune.plan.settings import DIALS
 from finetune.run import Run
-from finetune.train import trainer
 
 FAST: dict[str, Any] = {"epochs": 2, "batch_size": 8}
 
@@ -497,8 +496,7 @@ def test_the_same_command_goes_on_and_ends_the_same(
     square_splits: Splits, resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    options: dict[str, Any] = {"epochs": 4, "batch_size": 8, "seed": 1}
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", -1.0)
+    options: dict[str, Any] = {"epochs": 4, "batch_size": 8, "seed": 1, "save_steps": 4}
     finetune.fit(square_splits, resnet, out=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         patch.setattr(fitting, "default_loss", lambda _: Ctrl(square_splits, 9))
@@ -564,12 +562,13 @@ def test_a_run_that_diverges_says_why_and_keeps_weights_that_are_finite(
 
     def sick(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         calls[0] += outputs.requires_grad
-        return plain(outputs, targets) * (math.nan if calls[0] > 6 and outputs.requires_grad else 1.0)
+        return plain(outputs, targets) * (math.nan if calls[0] > 4 and outputs.requires_grad else 1.0)
 
     run = finetune.fit(square_splits, resnet, loss=sick, out=tmp_path / "run", **FAST)
     record = record_of(tmp_path / "run")
     assert record["status"] == "diverged" and record["kept"] == "epoch 1"
-    assert record["why"].startswith("step 6: the loss is nan; try a lower rate (lr=")
+    assert record["why"].startswith("epoch 1 of 1: no step had a loss and a gradient that are numbers, 3 times at ever")
+    assert [rewind["step"] for rewind in record["rewinds"]] == [8, 8, 8] and record["skipped_steps"] == 16
     assert f"Stopped   {record['why']}; the weights of epoch 1 are kept" in capsys.readouterr().out
     assert all(bool(torch.isfinite(tensor).all()) for tensor in run.pretrained.model.state_dict().values())
     assert math.isfinite(record["metrics"]["test"]["log_loss"]) and steps_of(tmp_path / "run")[-1]["loss"] is None
@@ -582,7 +581,7 @@ def test_a_run_that_diverges_at_once_leaves_a_record_that_can_be_read(
 ) -> None:
     finetune.fit(square_splits, resnet, loss=lambda z, y: z.sum() * math.nan, out=tmp_path / "run", **FAST)
     record = record_of(tmp_path / "run")
-    assert record["status"] == "diverged" and record["why"].startswith("step 0: the loss is nan")
+    assert record["status"] == "diverged" and record["why"].startswith("epoch 1 of 1: no step had a loss")
 
 
 # Folders and options that cannot be used
@@ -670,16 +669,18 @@ def test_the_options_of_fit_are_these() -> None:
     """A new one needs a measurement that calls for it."""
     assert list(inspect.signature(finetune.fit).parameters) == [
         "data", "backbone", "out", "head", "loss", "metrics", "plan", "groups", "minutes", "epochs", "lr",
-        "batch_size", "image_size", "settings", "seed", "overwrite",
+        "batch_size", "image_size", "settings", "seed", "save_minutes", "save_steps", "overwrite",
+        "resume_anyway",
     ]  # fmt: skip
 
 
-SHARED = {"data", "backbone", "out", "minutes", "epochs", "lr", "batch_size", "seed", "test"}
+SHARED = {"data", "backbone", "out", "minutes", "epochs", "lr", "batch_size", "seed", "test",
+          "save_minutes", "overwrite", "resume_anyway"}  # fmt: skip
 RECIPES = {
-    "image_classification": SHARED | {"push_to_hub", "overwrite"},
-    "text_classification": SHARED | {"push_to_hub", "overwrite", "text", "label"},
-    "token_classification": SHARED | {"push_to_hub", "overwrite"},
-    "custom_head": SHARED | {"overwrite"},
+    "image_classification": SHARED | {"push_to_hub"},
+    "text_classification": SHARED | {"push_to_hub", "text", "label"},
+    "token_classification": SHARED | {"push_to_hub"},
+    "custom_head": SHARED,
     "demo": {"out", "seed"},
 }
 FOLDER = Path(__file__).parents[1] / "recipes"

@@ -4,8 +4,9 @@ Shapes: B examples of a batch, C classes, K regression targets, T tokens.
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -16,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from finetune.data.checks import usable_cores
 from finetune.data.decoded import DecodedCache
-from finetune.data.images import ImageInputs
+from finetune.data.images import BadImage, ImageInputs
 from finetune.data.task import Task
 from finetune.data.texts import tokenized
+from finetune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,11 +32,15 @@ POOL = 50  # batches among which examples are sorted by length
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs for the model, targets [B], [B, C], [B, K] or [B, T] (None in prediction), and row numbers [B]."""
+    """Inputs for the model, targets [B], [B, C], [B, K] or [B, T] (None in prediction), and row numbers [B].
+
+    `unreadable` has the rows that are missing in it, and why.
+    """
 
     inputs: dict[str, Tensor]
     targets: Tensor | None
     index: Tensor
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -42,18 +48,18 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """Move inputs and targets to a device; the row numbers stay."""
-        return Batch(
-            {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.inputs.items()},
-            None if self.targets is None else self.targets.to(device, non_blocking=non_blocking),
-            self.index,
+        return replace(
+            self,
+            inputs={name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.inputs.items()},
+            targets=None if self.targets is None else self.targets.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Batch":
         """Move inputs and targets to page-locked memory, from which copying to a GPU need not wait."""
-        return Batch(
-            {name: tensor.pin_memory() for name, tensor in self.inputs.items()},
-            None if self.targets is None else self.targets.pin_memory(),
-            self.index,
+        return replace(
+            self,
+            inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
+            targets=None if self.targets is None else self.targets.pin_memory(),
         )
 
 
@@ -125,10 +131,81 @@ class Batches(torch.utils.data.Dataset[Batch]):
         return self.__getitems__([row])
 
     def __getitems__(self, rows: list[int]) -> Batch:
-        """Make a batch; torch's DataLoader calls this with all rows at once."""
-        inputs = self.inputs(rows)
-        index = torch.tensor(rows)
-        return Batch(inputs, inputs.pop("targets", None) if self.targets is None else self.targets[index], index)
+        """Make a batch; torch's DataLoader calls this with all rows at once. Rows that cannot be read are left out."""
+        unreadable: dict[int, str] = {}
+        try:
+            inputs = self.inputs(rows)
+        except (BadImage, OSError):
+            for row in rows:
+                try:
+                    self.inputs([row])
+                except (BadImage, OSError) as error:
+                    unreadable[row] = str(error)
+            rows = [row for row in rows if row not in unreadable]
+            inputs = self.inputs(rows) if rows else {}
+        targets = inputs.pop("targets", None) if self.targets is None else self.targets[rows]
+        return Batch(inputs, targets, torch.tensor(rows), unreadable)
+
+
+class Loader:
+    """Gives the batches of a DataLoader, and goes on by itself when one of its processes dies.
+
+    Args:
+        batches: Makes them.
+        rows: Row numbers of each batch.
+        workers: Processes that load.
+        skip: Leave out rows that cannot be read, so long as some of their batch can be.
+        name: Of a row, for errors.
+    """
+
+    def __init__(
+        self, batches: Batches, rows: list[list[int]], *, workers: int, skip: bool, name: Callable[[int], str]
+    ) -> None:
+        self.batches, self.rows, self.workers, self.skip, self.name = batches, rows, workers, skip, name
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Make the batches, in order.
+
+        Raises:
+            DataError: A row that cannot be read, and may not be left out.
+        """
+        loading, done = iter(self.loader(self.rows, self.workers)), 0
+        while done < len(self.rows):
+            try:
+                batch = next(loading)
+            except (RuntimeError, OSError, EOFError) as error:
+                # How the death of a process shows depends on what it was doing: torch's own error, a closed pipe.
+                if self.workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+                    raise
+                print("Warning   a loading process died; loading goes on in the main process", file=sys.stderr)
+                self.workers, loading = 0, iter(self.loader(self.rows[done:], 0))
+                continue
+            done += 1
+            yield self.checked(batch)
+
+    def loader(self, rows: list[list[int]], workers: int) -> DataLoader[Batch]:
+        """Torch's own."""
+        return DataLoader(
+            self.batches,
+            batch_sampler=rows,
+            num_workers=workers,
+            collate_fn=as_is,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def checked(self, batch: Batch) -> Batch:
+        """The batch, if it can be used."""
+        if batch.unreadable and not (self.skip and len(batch)):
+            row, why = next(iter(batch.unreadable.items()))
+            raise DataError(
+                f"{self.name(row)}: {why}; it could be read when the run began. Put it back, and give the same command "
+                "again to go on"
+            )
+        return batch
 
 
 def as_is(batch: Any) -> Any:
@@ -165,6 +242,8 @@ def make_loader(
         augment: "default" (random crop, left and right swapped half the time) or "none".
         cache: Keeps decoded images for the loaders that come after; the batches are the same with and without.
 
+    Rows that cannot be read any more are left out of training batches, which say so, and are an error otherwise.
+
     Raises:
         ValueError: `augment` is something else.
     """
@@ -179,14 +258,14 @@ def make_loader(
     else:
         text: Any = processor
         inputs = tokenized(dataset, task, text).batch
-    pin = torch.cuda.is_available()
     count = min(default_workers(task) if workers is None else workers, len(batches))
-    return DataLoader(
+    names = "id" if "id" in dataset.column_names else None
+    return Loader(
         Batches(inputs, target_tensor(dataset, task)),
-        batch_sampler=batches,
-        num_workers=count,
-        collate_fn=as_is,
-        pin_memory=pin,
+        batches,
+        workers=count,
+        skip=train,
+        name=lambda row: str(dataset[names][row]) if names else f"row {row}",
     )
 
 

@@ -24,6 +24,7 @@ from finetune.errors import BackboneError
 from finetune.model.groups import LayerGroups
 from finetune.model.heads import TokenLinear
 from finetune.model.pretrained import Pretrained
+from finetune.model.sharding import spread
 
 PLAIN = ("torch.nn.modules.linear.Linear", "timm.layers.linear.Linear")  # by name: timm costs seconds to import
 STRENGTHS = tuple(np.geomspace(30, 3e-4, 11).tolist())  # times F, strongest first; chosen on real data: 0.01 to 0.7
@@ -130,11 +131,11 @@ class SolvedHead:
 
 
 def set_head(layer: nn.Linear, solved: SolvedHead) -> None:
-    """Copy a solved head into a layer, in place, whatever its device and precision."""
+    """Copy a solved head into a layer, in place, whatever its device and precision, spread over processes or not."""
     with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(solved.weight_CF))
-        if layer.bias is not None:
-            layer.bias.copy_(torch.from_numpy(solved.bias_C))
+        for parameter, found in ((layer.weight, solved.weight_CF), (layer.bias, solved.bias_C)):
+            if parameter is not None:
+                parameter.copy_(spread(torch.from_numpy(found).to(parameter.dtype), parameter))
 
 
 def solve_head(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.model.pretrained import Pretrained
+from finetune.model.sharding import spread
 
 
 def scale_outputs(pretrained: Pretrained, mean_K: Tensor, std_K: Tensor) -> Callable[[], None] | None:
@@ -42,11 +43,15 @@ def scale_outputs(pretrained: Pretrained, mean_K: Tensor, std_K: Tensor) -> Call
 
     hook = layer.register_forward_hook(scale)
 
+    def as_its(parameter: Tensor, values: Tensor) -> Tensor:
+        return spread(values.to(parameter.dtype), parameter).to(parameter.device)
+
     def fold() -> None:
         hook.remove()
         with torch.no_grad():
-            layer.weight.mul_(std_K.to(layer.weight)[:, None])
-            layer.bias.mul_(std_K.to(layer.bias)).add_(mean_K.to(layer.bias))
+            scale_KF = std_K.to(layer.weight.dtype)[:, None].repeat(1, layer.in_features)
+            layer.weight.mul_(as_its(layer.weight, scale_KF))
+            layer.bias.mul_(as_its(layer.bias, std_K)).add_(as_its(layer.bias, mean_K))
 
     return fold
 

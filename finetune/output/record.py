@@ -89,9 +89,9 @@ def describe_run(
     device: torch.device,
 ) -> dict[str, Any]:
     """What `run.json` gains when training ends."""
-    stages = []
-    replayed = [*outcome.replayed, *[(False, "")] * len(plan.stages)]
-    for planned, spent, (replay, why) in zip(plan.stages, outcome.stage_seconds, replayed, strict=False):
+    stages, progress = [], outcome.progress
+    replayed = [*progress.replayed, *[(False, "")] * len(plan.stages)]
+    for planned, spent, (replay, why) in zip(plan.stages, progress.stage_seconds, replayed, strict=False):
         examples = planned.steps / plan.steps_per_epoch * rows
         stages.append(
             {
@@ -109,6 +109,9 @@ def describe_run(
         "stages": stages,
         "groups": list(plan.group_names),
         "history": outcome.history,
+        "rewinds": progress.rewinds,
+        "skipped_steps": progress.skipped,
+        "unreadable": progress.unreadable,
         "kept": outcome.kept,
         "metrics": {
             "valid": _plain(outcome.valid.metrics),

@@ -158,6 +158,13 @@ class ResolvedPlan:
         changed = replace(before, steps=begin + steps, shape=shape)
         return replace(self, stages=(*self.stages[:stage], changed, *self.stages[stage + 1 :]))
 
+    def slowed(self, stage: int, factor: float) -> "ResolvedPlan":
+        """The plan with the peak rates of a stage and of all after it times `factor`."""
+        changed = tuple(
+            replace(planned, rates=tuple(factor * rate for rate in planned.rates)) for planned in self.stages[stage:]
+        )
+        return replace(self, stages=self.stages[:stage] + changed)
+
     def at(self, step: int) -> Point:
         """Stage, open groups, rates and momentum at `step` (from 0).
 

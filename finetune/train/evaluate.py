@@ -64,7 +64,7 @@ def evaluate(
 
     `replayed` gives batches and outputs instead of the data set and the whole model; `options` are the loader's.
     """
-    batches = ordered_batches(len(dataset), batch_size, lengths)[processes.rank :: processes.count]
+    batches, counted = processes.shares(ordered_batches(len(dataset), batch_size, lengths))
     pretrained.model.eval()
     rows: list[tuple[int, Any, np.ndarray]] = []
     sums: list[tuple[float, int]] = []
@@ -72,11 +72,13 @@ def evaluate(
         loader = make_loader(dataset, task, pretrained.processor, batches, train=False, **options) if (
             replayed is None
         ) else replayed.loader(batches)  # fmt: skip
-        for batch in loader:
+        for number, batch in enumerate(loader):
             batch = batch.to(processes.device)
             assert batch.targets is not None
             with processes.autocast():
                 outputs = as_float(pretrained.forward(batch.inputs) if replayed is None else replayed.forward(batch))
+            if number >= counted:
+                continue
             count = units(task, batch.targets)
             sums.append((float(loss(outputs, batch.targets)) * count, count))
             rows += _by_row(task, batch.index, outputs, batch.targets)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import RunError
+from finetune.train.checkpoint import to_disk
 
 RECORD = "run.json"
 
 
-def open_folder(folder: Path, identity: dict[str, Any], *, overwrite: bool = False) -> bool:
+def open_folder(
+    folder: Path, identity: dict[str, Any], *, overwrite: bool = False, resume_anyway: bool = False
+) -> bool:
     """Make `folder` ready for the run that `identity` describes; whether an unfinished run of just this kind is there
     to go on.
 
@@ -21,6 +24,7 @@ def open_folder(folder: Path, identity: dict[str, Any], *, overwrite: bool = Fal
         folder: Created when missing.
         identity: What makes two runs the same run: data fingerprint, backbone, settings, plan, seed. Plain data.
         overwrite: Empty a folder that holds another run, or a finished one.
+        resume_anyway: Go on with an unfinished run that differs.
 
     Raises:
         RunError: The folder cannot be written to, holds something that is not a run, or a run that is finished or
@@ -49,7 +53,10 @@ def open_folder(folder: Path, identity: dict[str, Any], *, overwrite: bool = Fal
         for key, value in json.loads(json.dumps(identity)).items()
         if before.get(key) != value
     ]
-    if record.get("status") == "running" and not different:
+    running = record.get("status") == "running"
+    if running and (not different or (resume_anyway and not overwrite)):
+        for leftover in (*folder.glob(".model.new-*"), *folder.glob(".model.old-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
         return True
     if not overwrite:
         what = (
@@ -57,7 +64,9 @@ def open_folder(folder: Path, identity: dict[str, Any], *, overwrite: bool = Fal
             if different
             else f"a run that is {record.get('status', 'damaged')}"
         )
-        raise RunError(f"{folder}: holds {what}; give another folder with --out, or replace it with --overwrite")
+        ways = ["give another folder with --out", "replace it with --overwrite"]
+        ways += ["go on with it all the same with --resume-anyway"] if running else []
+        raise RunError(f"{folder}: holds {what}; {', '.join(ways[:-1])}, or {ways[-1]}")
     for path in content:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return False
@@ -71,7 +80,12 @@ def read_record(folder: Path) -> dict[str, Any]:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write `run.json` beside its place and rename it: a reader never sees half of one."""
     beside = folder / f".{RECORD}"
-    beside.write_text(json.dumps(_finite(record), indent=2, default=str, allow_nan=False) + "\n")
+    try:
+        beside.write_text(json.dumps(_finite(record), indent=2, default=str, allow_nan=False) + "\n")
+        to_disk(beside)
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); make room, and give the same command again to go on"
+        raise RunError(f"{folder / RECORD}: {why}") from None
     beside.rename(folder / RECORD)
 
 

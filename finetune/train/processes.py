@@ -5,14 +5,20 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from finetune.errors import FinetuneError, RunError
+from finetune.model.groups import LayerGroups
+from finetune.model.pretrained import Pretrained
+from finetune.model.sharding import shard
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Processes:
 
     accelerator: Accelerator
     precision: str = "fp32"
+    sharded: bool = False  # the model is spread over the processes
 
     def autocast(self) -> torch.autocast:
         """Context of a forward pass: bf16 where that is the precision. bf16 has the range of fp32 and needs no
@@ -53,16 +60,35 @@ class Processes:
         Wrapped anew at every stage: a parameter that is unfrozen after the wrap would never be averaged between
         processes.
         """
-        if self.count == 1:
+        if self.count == 1 or self.sharded:
             return model
         bare = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         self.accelerator._models.clear()
         return self.accelerator.prepare_model(bare)
 
+    def shard(self, pretrained: Pretrained, groups: LayerGroups) -> Pretrained:
+        """The model as it trains: itself, or a copy that is spread over the processes."""
+        if not self.sharded:
+            return pretrained
+        return shard(pretrained, groups, self.device, offload=_flag("FSDP_OFFLOAD_PARAMS"))
+
     def sync_gradients(self, model: nn.Module, now: bool) -> AbstractContextManager[None]:
         """For a backward pass: whether processes average their gradients in it, or leave that to a later
         micro-batch."""
-        return nullcontext() if now or self.count == 1 else self.accelerator.no_sync(model)
+        if self.sharded:
+            cast(FSDPModule, model).set_requires_gradient_sync(now)
+        return nullcontext() if now or self.count == 1 or self.sharded else self.accelerator.no_sync(model)
+
+    def shares(self, batches: list[list[int]]) -> tuple[list[list[int]], int]:
+        """This process's part of the batches of a pass without gradients, and how many of them count.
+
+        Where the model is spread, all processes run it equally often: one that has fewer batches runs the first again.
+        """
+        mine = batches[self.rank :: self.count]
+        counted = len(mine)
+        if self.sharded and counted < -(-len(batches) // self.count):
+            mine = [*mine, batches[0]]
+        return mine, counted
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in order of their rank, on every process."""
@@ -100,15 +126,48 @@ def start_processes() -> Processes:
         RunError: The launcher asked for several processes, and this one was not joined to them.
     """
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        raise RunError("accelerate's configuration: DeepSpeed is not supported; take FSDP2, recipes/configs/fsdp2.yaml")
+    sharded = _flag("ACCELERATE_USE_FSDP")
+    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise RunError("accelerate's configuration: fsdp_version must be 2, see recipes/configs/fsdp2.yaml")
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked == 1 and (launched := _processes_of_launcher()) > 1:
+        raise RunError(
+            f"accelerate launch --num_processes {launched}: one process was started, not {launched}; start them with "
+            f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {launched}` or torchrun"
+        )
     # Autocast is ours: accelerate fixes the precision of its first Accelerator for the life of the process.
     accelerator = Accelerator(cpu=cpu)
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:
         raise RunError(
             f"WORLD_SIZE={asked}: the launcher started {asked} processes, and each would train alone; start them "
             f"with `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked}` or torchrun"
         )
-    return Processes(accelerator)
+    return Processes(accelerator, sharded=sharded and asked > 1)
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
+
+
+def _processes_of_launcher() -> int:
+    """What `accelerate launch` was asked for, where it is this process's parent: with --cpu it starts one process,
+    whatever the number, and says nothing (accelerate #2741)."""
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return 1
+    if not ("launch" in words and any(Path(word).name in ("accelerate", "accelerate-launch") for word in words[:3])):
+        return 1
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name.replace("-", "_") == "__num_processes" or name == "-n":
+            number = value or following
+            return int(number) if number.isdigit() else 1
+        if word.endswith(".py"):  # the options behind it are the program's own
+            break
+    return 1
 
 
 def native_precision(model: nn.Module) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.plan.stages import ResolvedPlan
 from finetune.train.evaluate import Evaluation
 
 
@@ -12,31 +13,64 @@ class Diverged(Exception):
 
 @dataclass
 class Progress:
-    """Where training stands: all that a checkpoint holds besides weights, optimizer and random numbers."""
+    """Where training stands: all that a checkpoint holds besides weights and optimizer.
+
+    Attributes:
+        step: Optimizer steps done.
+        history: One entry for each validation.
+        stage_seconds: Time spent, by stage.
+        replayed: For each stage begun, whether its frozen part was computed once, and what that took or why not.
+        shortened: Stages brought to an early end: (stage, step of it, steps left).
+        rewinds: Each time that training went back: stage, step, factor on all rates from this stage on, why.
+        stale: Validations in a row without a gain in this stage.
+        stage_best: Best standing in this stage.
+        best: The best candidate, see `selection`.
+        first_loss: Loss of the first step since the start or the last rewind.
+        smooth_loss: Exponential average of the losses.
+        epoch_losses: Losses of this epoch's steps.
+        skipped: Steps whose gradient was not a number.
+        skipped_in_a_row: How many of them since the last good one.
+        unreadable: Rows that could not be read in training, and why.
+    """
 
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     stage_seconds: list[float] = field(default_factory=list)
     replayed: list[tuple[bool, str]] = field(default_factory=list)
     shortened: list[tuple[int, int, int]] = field(default_factory=list)
+    rewinds: list[dict[str, Any]] = field(default_factory=list)
     stale: int = 0
     stage_best: list[float] | None = None
     best: dict[str, Any] | None = None
     first_loss: float | None = None
     smooth_loss: float | None = None
+    epoch_losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def applied_to(self, plan: ResolvedPlan) -> ResolvedPlan:
+        """A plan as training has changed it so far."""
+        for cut in self.shortened:
+            plan = plan.shortened(*cut)
+        for rewind in self.rewinds:
+            plan = plan.slowed(rewind["stage"], rewind["factor"])
+        return plan
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What training left: `kept` says which weights the model now holds ("last", "average", or "epoch N"), `status` is
-    "finished" or "diverged", `why` the sentence to show for it; `replayed` says of each stage whether its frozen part
-    was computed once, and what that took or why not."""
+    "finished" or "diverged", `why` the sentence to show for it; `progress` is where it stood at its end."""
 
-    history: list[dict[str, Any]]
-    stage_seconds: list[float]
+    progress: Progress
     valid: Evaluation
     kept: str
     status: str
     why: str
     evaluate_seconds: float
-    replayed: list[tuple[bool, str]]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry for each validation."""
+        return self.progress.history

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, cast
 import psutil
 import torch
 from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.data.decoded import DecodedCache
 from finetune.data.loaders import Batch, epoch_order, make_loader, target_tensor
@@ -100,7 +100,6 @@ class Request:
     loss: Loss
     seed: int
     cache: DecodedCache | None = None
-    again: bool = False  # this stage was replayed before it was interrupted: a clock must not decide otherwise now
 
 
 def open_stage(ask: Request, stage: PlannedStage, steps_per_epoch: int, epoch: int) -> tuple[StageReplay | None, str]:
@@ -112,6 +111,8 @@ def open_stage(ask: Request, stage: PlannedStage, steps_per_epoch: int, epoch: i
         return None, "everything trains"
     if ask.settings.replay == "off":
         return None, "switched off"
+    if ask.processes.sharded:
+        return None, "the network is spread over the processes"
     epochs = math.ceil(stage.steps / steps_per_epoch)
     augmented = ask.splits.task.modality == "image" and ask.settings.augment != "none"
     views = min(epochs, ask.settings.replay_views) if augmented else 1
@@ -170,7 +171,7 @@ def _prepared(ask: Request, views: int, augmented: bool, epoch: int) -> StageRep
     boundary = find_boundary(ask.pretrained.model, _forward(ask), samples)
     if ask.splits.task.modality == "image" and boundary.inputs:
         raise Refused("the images themselves are read above the frozen part")
-    if not ask.again and (share := _share(ask, boundary, samples[-1])) < LEAST_SHARE:
+    if (share := _share(ask, boundary, samples[-1])) < LEAST_SHARE:
         raise Refused(f"not worth keeping: the frozen part is {share:.0%} of a forward pass")
     lengths = _row_lengths(ask, views)
     kept = torch.bfloat16 if ask.settings.replay == "bf16" else None
@@ -187,25 +188,19 @@ def _prepared(ask: Request, views: int, augmented: bool, epoch: int) -> StageRep
 
 
 def _share(ask: Request, boundary: Boundary, inputs: dict[str, torch.Tensor]) -> float:
-    """Part of the time of a forward pass that the frozen part takes: the least of two each, on a few examples."""
-    forward = _forward(ask)
+    """Part of the multiplications of a forward pass that the frozen part has.
 
-    def seconds(run: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(2):
-            begin = time.perf_counter()
+    Counted and not timed: a run that is taken up again must decide as it did before.
+    """
+
+    def flops(run: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter, ask.processes.autocast():
             run()
-            if ask.processes.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    def prefix() -> None:
-        with ask.processes.autocast():
-            crossing(ask.pretrained, boundary, inputs)
+        return counter.get_total_flops()
 
     with torch.no_grad():
-        return seconds(prefix) / seconds(lambda: forward(inputs))
+        prefix = flops(lambda: crossing(ask.pretrained, boundary, inputs))
+        return prefix / max(1, flops(lambda: ask.pretrained.forward(inputs)))
 
 
 def _place(ask: Request, boundary: Boundary, views: int, epoch: int, size: int) -> Path | None:
@@ -246,6 +241,8 @@ def _fill(ask: Request, found: StageReplay, views: int) -> None:
         data = replayed.dataset
         mine = ordered_batches(len(data), FILL_BATCH, lengths)[ask.processes.rank :: ask.processes.count]
         for batch in _loader(ask, data, mine, found.train.epoch + view if part == "train" else None):
+            if batch.unreadable:
+                raise Refused("some rows have become unreadable")
             begin = replayed.first + view * len(data)
             rows = batch.index.tolist()
             with ask.processes.autocast():

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from finetune.data.task import Task, default_loss
+from finetune.model.sharding import local
 from finetune.train.evaluate import Evaluation
 
 AVERAGED_SHARE = 0.3  # The end of the last stage over which weights are averaged.
@@ -76,11 +76,18 @@ def averages_at(step: int, steps: int) -> bool:
     return left < window and left % max(1, window // AVERAGE_UPDATES) == 0
 
 
-def new_average(model: nn.Module) -> AveragedModel:
-    """An exponential moving average of the weights, which holds those of now."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY), use_buffers=True)
+class Average:
+    """Exponential moving average of a model's weights and buffers, which begins with those of now.
 
+    Attributes:
+        tensors: By the names of the state dict; of a spread model, each process has its parts.
+    """
 
-def averaged_weights(average: AveragedModel) -> dict[str, torch.Tensor]:
-    """State dict of the average, by the names of the model's own."""
-    return average.module.state_dict()
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights of now; of counts, the last."""
+        for name, tensor in model.state_dict().items():
+            mine, now = local(self.tensors[name]), local(tensor.detach())
+            mine.lerp_(now, 1.0 - AVERAGE_DECAY) if mine.is_floating_point() else mine.copy_(now)

@@ -46,14 +46,17 @@ def solve(
         **loader: Options of `make_loader`.
     """
     layer = cast(nn.Linear, pretrained.model.get_submodule(layer_name))
-    batches = ordered_batches(len(data), BATCH, lengths)[processes.rank :: processes.count]
+    batches, counted = processes.shares(ordered_batches(len(data), BATCH, lengths))
     pretrained.model.eval()
     found: list[tuple[int, np.ndarray, np.ndarray]] = []
     with torch.no_grad(), capture_inputs(layer) as captured:
-        for batch in make_loader(data, task, pretrained.processor, batches, train=False, **loader):
+        for number, batch in enumerate(make_loader(data, task, pretrained.processor, batches, train=False, **loader)):
             assert batch.targets is not None
             with processes.autocast():
                 pretrained.forward(batch.to(processes.device).inputs)
+            if number >= counted:
+                captured.clear()
+                continue
             features, targets = captured.pop().numpy(), batch.targets.numpy()
             for i, row in enumerate(batch.index.tolist()):
                 if task.kind == "token_classification":

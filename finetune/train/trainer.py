@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,15 +12,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.optim.swa_utils import AveragedModel
 
 from finetune.data.decoded import DecodedCache
 from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
 from finetune.data.splits import Splits
 from finetune.data.task import units
-from finetune.errors import PlanError
+from finetune.errors import DataError, PlanError
 from finetune.model.groups import LayerGroups, set_mode, set_trainable
 from finetune.model.pretrained import Pretrained
+from finetune.model.sharding import whole
 from finetune.plan.rates import param_groups
 from finetune.plan.settings import Settings
 from finetune.plan.stages import Point, ResolvedPlan
@@ -29,18 +30,21 @@ from finetune.train.processes import Processes
 from finetune.train.progress import Diverged, Outcome, Progress
 from finetune.train.replaying import Request, StageReplay, open_stage
 from finetune.train.selection import (
-    averaged_weights,
+    Average,
     averages_at,
     candidate,
     clearly_better,
     head_is_better,
-    new_average,
     standing,
 )
 from finetune.train.solving import solve
-from finetune.train.steplog import StepLog
+from finetune.train.steplog import StepLog, cut
+from finetune.train.stopping import Interrupted, StopWish, listening
 
-CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_SHARE = 0.05  # of the time goes into checkpoints at most
+REWINDS, SLOWER = 3, 0.25  # times that training may go back, and the factor on its rates each time
+STOP = 1000.0  # a wish above every sum of the processes' wishes to save
+UNREADABLE_SHARE = 0.01  # of the training rows may turn out to be unreadable under way
 
 
 class Trainer:
@@ -60,24 +64,25 @@ class Trainer:
         seed: int = 0,
         own_metrics: Metrics | None = None,
         solvable: str | None = None,
+        save_minutes: float = 1.0,
+        save_steps: int | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.pretrained, self.splits, self.groups, self.plan, self.settings = pretrained, splits, groups, plan, settings
+        self.pretrained, self.splits, self.groups, self.settings = pretrained, splits, groups, settings
+        self.planned = self.plan = plan  # as asked for, and as training has changed it
         self.folder, self.loss, self.processes, self.seed = folder, loss, processes, seed
         self.own_metrics, self.solvable, self.say = own_metrics, solvable, say
+        self.save_seconds, self.save_steps = 60.0 * save_minutes, save_steps
         # A step of MobileNetV2 takes two thirds of the time with the channels last (0.29 instead of 0.43 s). In one's
         # own module, `.view` behind a convolution would fail.
-        last = splits.task.modality == "image" and pretrained.family != "module"
-        layout = torch.channels_last if last else torch.preserve_format
-        self.model = pretrained.model.to(processes.device).to(memory_format=layout)
+        self.model = pretrained.model
+        if not processes.sharded:  # what is spread lies where it has to
+            last = splits.task.modality == "image" and pretrained.family != "module"
+            layout = torch.channels_last if last else torch.preserve_format
+            self.model = pretrained.model.to(processes.device).to(memory_format=layout)
         self.wrapped: torch.nn.Module = self.model
-        self.optimizer = torch.optim.AdamW(
-            param_groups(self.model, groups, plan.stages[-1].rates, settings.weight_decay),
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
-        self.average: AveragedModel | None = None
+        self.optimizer = self.new_optimizer()
+        self.average: Average | None = None
         self.replay: StageReplay | None = None
         self.cache = DecodedCache(folder / "cache") if splits.task.modality == "image" else None
         self.head: Evaluation | None = None  # of the solved head, before the first step
@@ -87,8 +92,9 @@ class Trainer:
         self.last_valid: Evaluation | None = None
         self.lengths = {"train": self.lengths_of(splits.train), "valid": self.lengths_of(splits.valid)}
         self.evaluate_seconds = self.head_seconds = 0.0
-        self.saved_at = time.monotonic()
-        self.epoch = 0
+        self.saved_at, self.save_took = time.monotonic(), 0.0
+        self.stop = StopWish()
+        self.stage = self.epoch = 0
         order = epoch_order(len(splits.train), settings.batch_size, seed=seed, epoch=0)
         shortest = min(map(len, without_remainder(order, settings.batch_size)))
         if shortest < processes.count * settings.accumulation:
@@ -96,36 +102,63 @@ class Trainer:
                 f"batch_size={settings.batch_size}: the shortest batch has {shortest} examples, too few for "
                 f"{processes.count} processes with accumulation={settings.accumulation}; give a larger batch_size"
             )
-        self.log = StepLog(None, settings.lr)
+        self.log = StepLog(None)
+
+    def new_optimizer(self) -> torch.optim.AdamW:
+        """AdamW over all parameters, as before the first step."""
+        return torch.optim.AdamW(
+            param_groups(self.model, self.groups, self.plan.stages[-1].rates, self.settings.weight_decay),
+            betas=self.settings.betas,
+            eps=self.settings.eps,
+            fused=True,
+        )
 
     def run(self) -> Outcome:
         """Train through every stage of the plan, from a checkpoint if the folder holds one, and keep the best
         weights."""
-        torch.manual_seed(self.seed + 1 + self.processes.rank)
-        self.resume()
-        self.saved_at = time.monotonic()
-        self.log = StepLog(self.folder / "steps.jsonl" if self.processes.is_main else None, self.settings.lr)
-        try:
-            why = self.train()
-            self.close_replay()
-            valid, kept = self.keep_best(diverged=bool(why))
-        finally:
-            self.close()
-        progress, status = self.progress, "diverged" if why else "finished"
-        return Outcome(
-            progress.history, progress.stage_seconds, valid, kept, status, why, self.evaluate_seconds, progress.replayed
-        )
+        with listening() as self.stop:
+            self.resume()
+            self.saved_at = time.monotonic()
+            self.log = StepLog(self.folder / "steps.jsonl" if self.processes.is_main else None, self.say)
+            try:
+                why = self.train()
+                self.close_replay()
+                valid, kept = self.keep_best(diverged=bool(why))
+            finally:
+                self.close()
+        status = "diverged" if why else "finished"
+        return Outcome(self.progress, valid, kept, status, why, self.evaluate_seconds)
 
     def train(self) -> str:
         """The head, and then stage after stage; why it ended before its time, or ""."""
-        try:
-            if self.solvable is not None and not self.progress.history:
-                self.solve_head(self.solvable)
-            while self.progress.step < self.plan.steps:
+        if self.solvable is not None and not self.progress.history:
+            self.solve_head(self.solvable)
+        while self.progress.step < self.plan.steps:
+            try:
                 self.run_stage(self.plan.at(self.progress.step).stage)
-        except Diverged as error:
-            return str(error)
+            except Diverged as error:
+                if len(self.progress.rewinds) == REWINDS:
+                    lower = self.settings.lr * SLOWER ** (REWINDS + 1)
+                    return f"{error}, {REWINDS} times at ever lower rates; try lr={lower:.1g}, or look at the targets"
+                self.rewind(str(error))
         return ""
+
+    def rewind(self, why: str) -> None:
+        """Begin the stage anew, from the best weights so far, at a lower rate."""
+        self.close_replay()
+        progress, index = self.progress, self.stage
+        progress.rewinds.append({"stage": index, "step": progress.step, "factor": SLOWER, "why": why})
+        progress.shortened = [cut for cut in progress.shortened if cut[0] != index]
+        self.plan = progress.applied_to(self.planned)
+        progress.step = self.plan.start(index)
+        progress.epoch_losses, progress.skipped_in_a_row = [], 0
+        progress.first_loss = progress.smooth_loss = None
+        checkpoint.restore(self.model, self.best_weights)
+        self.average, self.optimizer = None, self.new_optimizer()
+        self.log.back_to(progress.step)
+        best = _kept(progress.best) if progress.best else "the start"
+        self.say(f"Back      {why}: this stage again from the weights of {best}, at {SLOWER:g} of the rate")
+        self.save_checkpoint()
 
     def close(self) -> None:
         """Give back what only training needs."""
@@ -159,7 +192,7 @@ class Trainer:
         )
 
     def run_stage(self, index: int) -> None:
-        stage, first = self.plan.stages[index], self.plan.start(index)
+        stage, first, self.stage = self.plan.stages[index], self.plan.start(index), index
         begin = time.monotonic() - sum(self.progress.stage_seconds[index : index + 1])  # what a resumed stage has had
         if self.progress.step == first:
             self.progress.stale, self.progress.stage_best = 0, None
@@ -172,20 +205,21 @@ class Trainer:
             epoch, offset = divmod(self.progress.step - first, steps_per_epoch)
             last = min(steps_per_epoch, stage.steps - epoch * steps_per_epoch)
             set_mode(self.model, self.groups, stage.open_from, self.settings.freeze_batchnorm)
-            losses = []
-            for micro_batches in itertools.islice(self.steps_of_epoch(index, epoch, offset), last - offset):
-                point = self.plan.at(self.progress.step)
-                losses.append(self.step(micro_batches, point))
+            for done, micro_batches in enumerate(self.steps_of_epoch(index, epoch, offset, last), offset + 1):
+                self.step(micro_batches, self.plan.at(self.progress.step))
                 self.update_average(index)
                 self.progress.step += 1
+                if self.log.asked and done < last:
+                    self.progress.stage_seconds[index:] = [time.monotonic() - begin]
+                    self.answer()
             self.log.flush(self.progress)
             self.progress.stage_seconds[index:] = [time.monotonic() - begin]
-            self.end_epoch(
-                index, epoch + 1, math.ceil(stage.steps / steps_per_epoch), float(torch.stack(losses).mean())
-            )
+            self.end_epoch(index, epoch + 1, math.ceil(stage.steps / steps_per_epoch))
             self.progress.stage_seconds[index:] = [time.monotonic() - begin]
             if self.ends_early(index, self.progress.step - first):
                 stage = self.plan.stages[index]
+            if self.log.asked:
+                self.answer()
         self.close_replay()
 
     def ends_early(self, index: int, done: int) -> bool:
@@ -197,7 +231,7 @@ class Trainer:
         if stage.steps - done <= rest or 2 * done < stage.steps:  # before, the rate is high, and a plateau is no end
             return False
         self.progress.shortened.append((index, done, rest))
-        self.plan = self.plan.shortened(index, done, rest)
+        self.plan = self.progress.applied_to(self.planned)
         self.say(f"{stage.name:<9} no better for {self.progress.stale} epochs: the rate comes down within one more")
         return True
 
@@ -208,7 +242,7 @@ class Trainer:
             return
         request = Request(
             self.pretrained, self.splits, self.settings, self.processes, self.lengths, self.folder,
-            self.loss, self.seed, self.cache, bool(before),
+            self.loss, self.seed, self.cache,
         )  # fmt: skip
         self.replay, why = open_stage(request, stage, self.plan.steps_per_epoch, self.epochs_before(index))
         self.progress.replayed[index:] = [(self.replay is not None, why)]
@@ -232,15 +266,16 @@ class Trainer:
             return self.replay.train.forward(batch, self.epoch, self.wrapped)
         return self.pretrained.forward(batch.inputs, model=self.wrapped)
 
-    def steps_of_epoch(self, stage: int, epoch: int, offset: int) -> Iterator[list[Batch]]:
-        """This process's micro-batches of each step from `offset` on; a pure function of seed, stage and epoch."""
+    def steps_of_epoch(self, stage: int, epoch: int, offset: int, end: int | None = None) -> Iterator[list[Batch]]:
+        """This process's micro-batches of each step from `offset` to `end`; a pure function of seed, stage and
+        epoch."""
         data, batch_size, accumulation = self.splits.train, self.settings.batch_size, self.settings.accumulation
         number = self.epochs_before(stage) + epoch
         order = epoch_order(len(data), batch_size, seed=self.seed, epoch=number, lengths=self.lengths["train"])
         order = without_remainder(order, batch_size)
         parts = self.processes.count * accumulation
         mine = slice(self.processes.rank * accumulation, (self.processes.rank + 1) * accumulation)
-        shares = [part for rows in order[offset:] for part in _split(rows, parts)[mine]]
+        shares = [part for rows in order[offset:end] for part in _split(rows, parts)[mine]]
         task, processor = self.splits.task, self.pretrained.processor
         options: dict[str, Any] = {"train": True, "seed": self.seed, "epoch": number, "augment": self.settings.augment}
         options["cache"] = self.cache
@@ -252,14 +287,18 @@ class Trainer:
         while micro_batches := list(itertools.islice(loader, accumulation)):
             yield micro_batches
 
-    def step(self, micro_batches: list[Batch], point: Point) -> torch.Tensor:
+    def step(self, micro_batches: list[Batch], point: Point) -> None:
         """One optimizer step. The loss is the mean over all examples (or tags) of the step, whatever the split into
         micro-batches."""
         begin = time.monotonic()
+        # Random numbers are a function of seed, step and process, so that nothing that draws some on the way (a check,
+        # a validation, a run that is taken up again) changes the steps.
+        torch.manual_seed((1_000_003 * self.seed + self.progress.step) * 65_537 + self.processes.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = point.rates[group["layer_group"]]
             if point.momentum is not None:
                 group["betas"] = (point.momentum, group["betas"][1])
+        self.note_unreadable(micro_batches)
         counts = [units(self.splits.task, cast(torch.Tensor, batch.targets)) for batch in micro_batches]
         total = max(1.0, self.processes.total(sum(counts)))
         loss = torch.zeros((), device=self.processes.device)
@@ -272,35 +311,87 @@ class Trainer:
                 # Gradients are averaged over the processes, and the loss is a sum over them.
                 self.processes.accelerator.backward(part * self.processes.count)
             loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in self.model.parameters() if p.grad is not None],
-            self.settings.clip if self.settings.clip > 0 else math.inf,
+        norm = whole(
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in self.model.parameters() if p.grad is not None],
+                self.settings.clip if self.settings.clip > 0 else math.inf,
+            )
         )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        asked = torch.full((), self.wish(), device=loss.device)
         if self.processes.count > 1:
-            loss = self.processes.accelerator.reduce(loss, reduction="sum")
-        self.log.add(self.progress, point, loss, norm, time.monotonic() - begin)
-        return loss
+            loss, asked = self.processes.accelerator.reduce(torch.stack([loss, asked]), reduction="sum").unbind()
+        # A step without a usable gradient is left out.
+        useless = ~torch.isfinite(norm + loss)
+        if not self.processes.sharded:  # on the device, as after the scaling of losses: there is no need to wait for it
+            self.optimizer.found_inf = useless.float()  # type: ignore[attr-defined]
+        if not self.processes.sharded or not useless:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.log.add(self.progress, point, loss, norm, asked, time.monotonic() - begin)
+
+    def wish(self) -> float:
+        """What this process asks of all of them at the end of a step: nothing, 1 for a checkpoint, `STOP` to end."""
+        if self.stop.signal:
+            return STOP
+        if not self.processes.is_main:
+            return 0.0
+        if self.save_steps is not None and (self.progress.step + 1) % self.save_steps == 0:
+            return 1.0
+        due = max(self.save_seconds, self.save_took / CHECKPOINT_SHARE)
+        return float(time.monotonic() - self.saved_at > due)
+
+    def answer(self) -> None:
+        """Do what the processes asked for: save, and end if one of them must."""
+        self.log.flush(self.progress)
+        asked, self.log.asked = self.log.asked, 0.0
+        saved = self.save_checkpoint()
+        if asked >= STOP:
+            where = f"at step {self.progress.step} of {self.plan.steps}"
+            safe = "saved: the same command goes on from there" if saved else "it could not be saved, see above"
+            raise Interrupted(f"stopped {where}, {safe}", self.stop.signal or signal.SIGTERM)
 
     def update_average(self, stage: int) -> None:
         """Take the weights into their average, now and then over the end of the last stage."""
         step = self.progress.step - self.plan.start(stage)
         last = stage == len(self.plan.stages) - 1
         if self.settings.ema and last and averages_at(step, self.plan.stages[stage].steps):
-            self.average = self.average if self.average is not None else new_average(self.model)
-            self.average.update_parameters(self.model)
+            self.average = self.average if self.average is not None else Average(self.model)
+            self.average.update(self.model)
 
-    def end_epoch(self, stage: int, epoch: int, epochs: int, train_loss: float) -> None:
-        """Validate, and write a checkpoint if the last is old."""
-        name = self.plan.stages[stage].name
+    def note_unreadable(self, micro_batches: list[Batch]) -> None:
+        """Count the rows that could be read when the run began, and now cannot.
+
+        Raises:
+            DataError: They are more than a small share of the rows.
+        """
+        found = {row: why for batch in micro_batches for row, why in batch.unreadable.items()}
+        if not found:
+            return
+        self.progress.unreadable |= {str(self.splits.train["id"][row]): why for row, why in found.items()}
+        lost, rows = self.progress.unreadable, len(self.splits.train)
+        names = "; ".join(f"{name}: {why}" for name, why in list(lost.items())[:5])
+        if len(lost) > max(1.0, UNREADABLE_SHARE * rows):
+            raise DataError(
+                f"{len(lost)} of {rows} training rows have become unreadable since the run began ({names}); put them "
+                "back and give the same command again"
+            )
+        self.say(f"Warning   left out, unreadable since the run began: {names}")
+
+    def end_epoch(self, stage: int, epoch: int, epochs: int) -> None:
+        """Validate, and say how it went.
+
+        Raises:
+            Diverged: None of its steps could be used.
+        """
+        name, losses = self.plan.stages[stage].name, self.progress.epoch_losses
+        if not losses:
+            raise Diverged(f"epoch {epoch} of {epochs}: no step had a loss and a gradient that are numbers")
+        train_loss, self.progress.epoch_losses = sum(losses) / len(losses), []
         valid = self.remember_epoch(name, train_loss)
         self.say(
             f"{name:<9} {epoch}/{epochs}   loss {train_loss:.3f}  valid {valid.loss:.3f}  {_figures(valid)}   "
             f"{_clock(self.progress.stage_seconds[stage])}"
         )
-        if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
-            self.save_checkpoint()
 
     def remember_epoch(self, stage: str, train_loss: float) -> Evaluation:
         """Validate, and remember the weights if they are the best so far. What comes before the first step is epoch
@@ -348,7 +439,7 @@ class Trainer:
         valid, kept = self.last_valid or self.evaluate(), "last"
         if self.average is not None:
             last = checkpoint.snapshot(self.model)
-            self.model.load_state_dict(averaged_weights(self.average))
+            self.model.load_state_dict(self.average.tensors)
             averaged = self.evaluate()
             if standing(averaged) > standing(valid):
                 valid, kept = averaged, "average"
@@ -362,50 +453,54 @@ class Trainer:
             valid, kept = self.evaluate(), _kept(best)
         return valid, kept
 
-    def save_checkpoint(self) -> None:
-        rng = [
-            torch.tensor(state, dtype=torch.uint8) for state in self.processes.gather([torch.get_rng_state().tolist()])
-        ]
+    def save_checkpoint(self) -> bool:
+        """Write a checkpoint; whether that worked, as the main process sees it."""
+        begin, saved = time.monotonic(), True
+        # What is spread over the processes is gathered by all of them, before the first one writes it.
+        weights = {"model": checkpoint.snapshot(self.model), "best": self.best_weights}
+        optimizer = checkpoint.optimizer_state(self.optimizer)
+        if self.average is not None:
+            weights["average"] = checkpoint.gathered(self.average.tensors)
         if self.processes.is_main:
-            weights = {"model": checkpoint.snapshot(self.model), "best": self.best_weights}
-            if self.average is not None:
-                weights["average"] = checkpoint.snapshot(self.average)
             if self.head is not None:
                 names = [f"{self.solvable}.{name}" for name in ("weight", "bias")]
                 weights["head"] = {name: self.head_weights[name] for name in names if name in self.head_weights}
-            checkpoint.save(
-                self.folder / "checkpoints",
-                self.progress.step,
-                weights=weights,
-                optimizer=self.optimizer.state_dict(),
-                progress=vars(self.progress),
-                rng=rng,
-            )
+            try:
+                checkpoint.save(
+                    self.folder / "checkpoints",
+                    self.progress.step,
+                    weights=weights,
+                    optimizer=optimizer,
+                    progress=vars(self.progress),
+                )
+            except OSError as error:
+                saved = False
+                self.say(f"Warning   no checkpoint ({error.strerror or error}); training goes on, unsaved")
         self.processes.wait()
         self.saved_at = time.monotonic()
+        self.save_took = self.saved_at - begin
+        return saved
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint of the folder; lines of `steps.jsonl` beyond it are dropped."""
-        path, log = checkpoint.newest(self.folder / "checkpoints"), self.folder / "steps.jsonl"
+        """Go on from the newest whole checkpoint of the folder; lines of `steps.jsonl` beyond it are dropped."""
+        path = self.processes.first(lambda: checkpoint.newest(self.folder / "checkpoints", self.say))
         if path is not None:
-            weights, optimizer, rng, progress = checkpoint.load(path)
+            weights, optimizer, progress = checkpoint.load(path)
             if "head" in weights:  # the model is still as it was loaded
-                self.model.load_state_dict(weights["head"], strict=False)
+                like = {name: tensor for name, tensor in self.model.state_dict().items() if name in weights["head"]}
+                self.model.load_state_dict(checkpoint.scattered(weights["head"], like), strict=False)
                 self.head, self.head_weights = self.evaluate(), checkpoint.snapshot(self.model)
             checkpoint.restore(self.model, weights["model"])
             self.best_weights = weights["best"]
             if "average" in weights:
-                self.average = new_average(self.model)
-                self.average.load_state_dict(weights["average"])
-            self.optimizer.load_state_dict(optimizer)
-            torch.set_rng_state(rng[self.processes.rank])
+                self.average = Average(self.model)
+                self.average.tensors = checkpoint.scattered(weights["average"], self.average.tensors)
+            checkpoint.restore_optimizer(self.optimizer, optimizer)
             self.progress = Progress(**progress)
-            for cut in self.progress.shortened:
-                self.plan = self.plan.shortened(*cut)
+            self.plan = self.progress.applied_to(self.planned)
             self.say(f"Resumed   from step {self.progress.step} of {self.plan.steps}")
         if self.processes.is_main:
-            lines = log.read_text().splitlines(keepends=True)[: self.progress.step] if log.exists() else []
-            log.write_text("".join(lines))
+            cut(self.folder / "steps.jsonl", self.progress.step)
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data import decoded, images
 from finetune.data.decoded import DecodedCache
-from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths, token_batches
+from finetune.data.loaders import Batch, chop, epoch_order, make_loader, text_lengths, token_batches
 from finetune.data.sources import load_images, load_table
+from finetune.errors import DataError
 from finetune.model.pretrained import Preprocessing
 
 PRE = Preprocessing(size=(16, 20), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bilinear")
@@ -168,6 +170,42 @@ def test_loading_leaves_the_random_numbers_of_training_alone(folder: Make):
         next(iter(make_loader(splits.train, splits.task, PRE, order, train=True, workers=0)))
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch, of the process that died
+def test_a_loading_process_that_dies_costs_nothing(folder: Make, capfd: pytest.CaptureFixture[str]):
+    splits = load_images(folder(cat=16, dog=16))
+    order = chop(np.arange(len(splits.train)), 2)
+    plain = batches_of(make_loader(splits.train, splits.task, PRE, order, train=True, workers=0))
+    found = []
+    for batch in make_loader(splits.train, splits.task, PRE, order, train=True, workers=1):
+        if len(found) == 1:
+            (worker,) = psutil.Process().children()
+            worker.kill()
+        found.append(batch)
+    assert [batch.index.tolist() for batch in found] == order
+    for one, other in zip(found, plain, strict=True):
+        assert torch.equal(one.inputs["pixel_values"], other.inputs["pixel_values"])
+    assert "loading goes on in the main process" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_that_have_become_unreadable(folder: Make, workers: int):
+    splits = load_images(folder(cat=6, dog=6))
+    lost = Path(splits.train["image"][3]["path"])
+    content = lost.read_bytes()
+    for damage, why in ((b"", "empty file"), (content[:-40], "truncated or damaged image"), (None, "file not found")):
+        lost.unlink() if damage is None else lost.write_bytes(damage)
+        first, second = batches_of(
+            make_loader(splits.train, splits.task, PRE, [[2, 3, 4], [5]], train=True, workers=workers)
+        )
+        assert first.index.tolist() == [2, 4] and len(first.inputs["pixel_values"]) == 2
+        assert first.targets is not None and first.targets.tolist() == splits.train[[2, 4]]["target"]
+        assert (first.unreadable, second.unreadable) == ({3: why}, {})
+        for order, train in (([[2, 3, 4]], False), ([[3]], True)):
+            with pytest.raises(DataError) as caught:
+                batches_of(make_loader(splits.train, splits.task, PRE, order, train=train, workers=workers))
+            assert str(caught.value).startswith(f"{splits.train['id'][3]}: {why}; it could be read when the run began.")
 
 
 def test_without_augmentation(folder: Make):

@@ -33,6 +33,7 @@ def make(
     seed: int = 0,
     loss: Callable[..., torch.Tensor] | None = None,
     said: list[str] | None = None,
+    save_steps: int | None = None,
 ) -> Trainer:
     """A trainer on a freshly loaded backbone, in fp32, batches of 8."""
     folder.mkdir(exist_ok=True)
@@ -55,6 +56,7 @@ def make(
         loss=loss or default_loss(splits.task),
         processes=start_processes(),
         seed=seed,
+        save_steps=save_steps,
         say=[].append if said is None else said.append,
     )
 

@@ -61,8 +61,20 @@ def test_another_run_is_refused_with_the_difference(tmp_path: Path, status: str)
     held(tmp_path, status, seed=4, options={"lr": 0.002})
     assert refused(tmp_path) == (
         f'{tmp_path}: holds another run (options {{"lr": 0.002}} -> {{"lr": 0.001, "betas": [0.9, 0.99]}}; '
-        "seed 4 -> 0); give another folder with --out, or replace it with --overwrite"
+        "seed 4 -> 0); give another folder with --out, "
+        + ("" if status == "running" else "or ")
+        + "replace it with --overwrite"
+        + (", or go on with it all the same with --resume-anyway" if status == "running" else "")
     )
+
+
+def test_another_run_goes_on_all_the_same(tmp_path: Path) -> None:
+    held(tmp_path, "running", seed=4)
+    (tmp_path / ".model.new-17").mkdir()  # what a run that was killed in its export leaves
+    assert open_folder(tmp_path, ASKED, resume_anyway=True) is True
+    assert (tmp_path / "model" / "config.json").exists() and not (tmp_path / ".model.new-17").exists()
+    held(tmp_path / "ended", "finished", seed=4)
+    assert "holds another run" in refused(tmp_path / "ended", resume_anyway=True)
 
 
 def test_long_differences_are_cut(tmp_path: Path) -> None:

@@ -1,18 +1,18 @@
 """One process, and what it takes to be one of several; the precision that a machine is good at."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from finetune.errors import RunError
+from finetune.train import processes
 from finetune.train.processes import Processes, native_precision, start_processes
-from tests.tiny import vit_folder
 
 
 @pytest.fixture
@@ -40,6 +40,46 @@ def test_what_the_first_process_does_and_cannot_do(one: Processes, tmp_path: Pat
 
     with pytest.raises(RunError, match=": no$"):
         one.first(fail)
+
+
+@pytest.mark.parametrize(
+    ("words", "launched"),
+    [
+        (["/bin/python", "/env/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "recipe.py"], 2),
+        (["/env/bin/accelerate-launch", "launch", "--num-processes=3", "recipe.py"], 3),
+        (["accelerate", "launch", "-n", "4", "recipe.py", "-n", "5"], 4),
+        (["accelerate", "launch", "--num_processes", "1", "recipe.py"], 1),
+        (["accelerate", "launch", "recipe.py", "--num_processes", "2"], 1),
+        (["bash", "-c", "accelerate launch --num_processes 2"], 1),
+    ],
+)
+def test_a_launcher_that_starts_one_process_whatever_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], launched: int
+) -> None:
+    """accelerate #2741."""
+    monkeypatch.setattr(processes.psutil.Process, "parent", lambda _: SimpleNamespace(cmdline=lambda: words))
+    if launched == 1:
+        start_processes()
+        return
+    with pytest.raises(RunError, match=f"--num_processes {launched}: one process was started, not {launched}; start"):
+        start_processes()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported; take FSDP2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version must be 2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version must be 2"),
+    ],
+)
+def test_configurations_that_are_not_supported(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=said):
+        start_processes()
 
 
 def test_a_launcher_that_did_not_join_the_processes(one: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,21 +147,29 @@ def test_autocast_is_the_precision(one: Processes) -> None:
 # Several processes
 
 
+PROJECT = Path(__file__).parents[2]
+
+
 @pytest.mark.recipe
-def test_two_processes_are_one(squares: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not (PROJECT / "scripts").is_dir(), reason="no scripts here")
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_two_processes_are_one(tmp_path: Path, way: str) -> None:
     """At the same global batch: the head that is solved, each process's share of a store, and every loss after it."""
-    backbone = vit_folder(tmp_path / "vit")
-    program, found = Path(__file__).parent / "two_processes.py", {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
-    for count in (1, 2):
-        out = tmp_path / f"run{count}"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if count == 2 else []
-        arguments = [sys.executable, *launch, str(program), str(squares), str(backbone), str(out)]
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[count] = json.loads((out / "found.json").read_text())
-    for kind, replayed in (("solved", [False]), ("replayed", [True, True, False])):
-        one, two = found[1][kind], found[2][kind]
-        assert (one["processes"], two["processes"]) == (1, 2)
-        assert one["replayed"] == two["replayed"] == replayed
-        assert two["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-6)
+    table = tmp_path / "table.json"
+    command = [
+        sys.executable,
+        PROJECT / "scripts" / "equivalence.py",
+        "--processes",
+        "2",
+        "--ways",
+        way,
+        "--json",
+        table,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = {row["run"]: row for row in json.loads(table.read_text())}
+    assert {run: row["replayed"] for run, row in rows.items()} == {
+        "solved head": 0, "three stages": 2 if way == "ddp" else 0, "texts": 0,
+    }  # fmt: skip
+    assert all(row["steps"] < 1e-4 and row["weights"] < 1e-4 for row in rows.values())

@@ -1,6 +1,8 @@
 """A run that was interrupted and started again ends as the one that was not, bit for bit."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss
-from finetune.train import selection, trainer
+from finetune.train import checkpoint, selection, stopping
 from finetune.train.evaluate import Evaluation
 from finetune.train.trainer import Outcome, Trainer
 from tests.train.runs import differences, make, state, steps
@@ -22,9 +24,8 @@ STEPS = 20  # of the plan: one epoch of the head, three of everything, 5 steps e
 
 @pytest.fixture(autouse=True, scope="module")
 def often() -> Iterator[None]:
-    """A checkpoint after every epoch; weights are averaged from the first epoch of the last stage on."""
+    """Weights are averaged from the first epoch of the last stage on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "CHECKPOINT_SECONDS", -1.0)
         patch.setattr(selection, "AVERAGED_SHARE", 0.8)
         yield
 
@@ -86,23 +87,27 @@ def kinds(
 
 @pytest.mark.parametrize("kind", ["text", "images"])
 @pytest.mark.parametrize(
-    ("when", "number", "goes_on_from"),
+    ("when", "number", "every", "goes_on_from"),
     [
-        ("training", 3, 0),  # before there is any checkpoint
-        ("evaluation", 1, 5),  # in the validation after the first epoch of all groups
-        ("training", 12, 10),  # in the middle of an epoch
-        ("evaluation", 3, 15),
-        ("evaluation", 4, 20),  # all steps are done; the averaged weights are being validated
+        ("training", 3, 5, 0),  # before there is any checkpoint
+        ("evaluation", 1, 5, 5),  # in the validation after the first epoch of all groups
+        ("training", 12, 5, 10),
+        ("evaluation", 3, 5, 15),
+        ("evaluation", 4, 5, 20),  # all steps are done; the averaged weights are being validated
+        ("training", 12, 1, 12),  # in the middle of an epoch
+        ("evaluation", 1, 1, 9),
+        ("evaluation", 3, 2, 18),
     ],
 )
 def test_resumed_is_uninterrupted(
-    kinds: dict[str, Kind], tmp_path: Path, kind: str, when: str, number: int, goes_on_from: int
+    kinds: dict[str, Kind], tmp_path: Path, kind: str, when: str, number: int, every: int, goes_on_from: int
 ) -> None:
     one = kinds[kind]
     splits, backbone, given, whole = one.splits, one.backbone, one.given, one.whole
     per_call = given.get("accumulation", 1) if when == "training" else 1
     assert len(splits.valid) <= 4 * whole.settings.batch_size  # one call a validation
-    stopped = make(splits, backbone, tmp_path / "parts", given=given, loss=Interrupted(splits, when, number * per_call))
+    stopped = make(splits, backbone, tmp_path / "parts", given=given, save_steps=every,
+                   loss=Interrupted(splits, when, number * per_call))  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
 
@@ -115,7 +120,7 @@ def test_resumed_is_uninterrupted(
     assert found == one.expected
     assert not differences(state(resumed), state(whole))
     assert resumed.average is not None
-    assert not differences(dict(resumed.average.state_dict()), dict(whole.average.state_dict()))
+    assert not differences(resumed.average.tensors, whole.average.tensors)
     if goes_on_from < STEPS:
         moments, expected = resumed.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"]
         assert moments.keys() == expected.keys() and len(moments) > 0
@@ -126,7 +131,7 @@ def test_interrupted_twice(kinds: dict[str, Kind], tmp_path: Path) -> None:
     splits, backbone = kinds["text"].splits, kinds["text"].backbone
     for when, number in (("training", 7), ("evaluation", 2)):
         with pytest.raises(KeyboardInterrupt):
-            make(splits, backbone, tmp_path / "parts", loss=Interrupted(splits, when, number)).run()
+            make(splits, backbone, tmp_path / "parts", loss=Interrupted(splits, when, number), save_steps=3).run()
     resumed = make(splits, backbone, tmp_path / "parts")
     assert everything(resumed, resumed.run()) == kinds["text"].expected
     assert not differences(state(resumed), state(kinds["text"].whole))
@@ -149,7 +154,7 @@ def test_the_best_weights_of_before_can_be_kept(kinds: dict[str, Kind], tmp_path
         return run
 
     with pytest.raises(KeyboardInterrupt):
-        scripted(make(splits, backbone, tmp_path), [good, poor]).run()
+        scripted(make(splits, backbone, tmp_path, save_steps=5), [good, poor]).run()
     resumed = scripted(make(splits, backbone, tmp_path), [poor, poor, poor, good])  # two epochs, average, best
     outcome = resumed.run()
     assert outcome.kept == "epoch 1" and outcome.valid is good
@@ -159,27 +164,102 @@ def test_the_best_weights_of_before_can_be_kept(kinds: dict[str, Kind], tmp_path
 def test_time_spent_before_counts(kinds: dict[str, Kind], tmp_path: Path) -> None:
     splits, backbone = kinds["text"].splits, kinds["text"].backbone
     with pytest.raises(KeyboardInterrupt):
-        make(splits, backbone, tmp_path, loss=Interrupted(splits, "training", 12)).run()
+        make(splits, backbone, tmp_path, loss=Interrupted(splits, "training", 12), save_steps=5).run()
     newest = max((tmp_path / "checkpoints").glob("step-*")) / "progress.json"
     progress = json.loads(newest.read_text())
     assert progress["step"] == 10 and len(progress["stage_seconds"]) == 2
     progress["stage_seconds"] = [100.0, 1000.0]
     newest.write_text(json.dumps(progress))
+    (newest.parent / "checksums.json").write_text("{}")
     outcome = make(splits, backbone, tmp_path).run()
-    assert outcome.stage_seconds[0] == 100.0 and 1000.0 < outcome.stage_seconds[1] < 1100.0
+    assert outcome.progress.stage_seconds[0] == 100.0 and 1000.0 < outcome.progress.stage_seconds[1] < 1100.0
 
 
-def test_checkpoints_are_written_when_the_last_is_old(
-    kinds: dict[str, Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_are_written_when_the_last_is_old(kinds: dict[str, Kind], tmp_path: Path) -> None:
     splits, backbone = kinds["text"].splits, kinds["text"].backbone
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 3600.0)
     run = make(splits, backbone, tmp_path)
     run.run()
     assert not (tmp_path / "checkpoints").exists()
-    monkeypatch.undo()
     run = make(splits, backbone, tmp_path)
+    run.save_seconds, run.save_took = 0.0, 1e9  # none while they would take more than their share of the time
     run.run()
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000015", "step-0000020"]
+    assert not (tmp_path / "checkpoints").exists()
+    run = make(splits, backbone, tmp_path)
+    run.save_seconds, save = 0.0, run.save_checkpoint
+
+    def quick() -> bool:
+        saved, run.save_took = save(), 0.0
+        return saved
+
+    run.save_checkpoint = quick  # type: ignore[method-assign]
+    run.run()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000019", "step-0000020"]
     run.drop_checkpoints()
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(kinds: dict[str, Kind], tmp_path: Path, number: signal.Signals) -> None:
+    one = kinds["text"]
+
+    def signalled(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if outputs.requires_grad and stopped.progress.step == 12:
+            os.kill(os.getpid(), number)
+        return plain(outputs, targets)
+
+    plain, before = default_loss(one.splits.task), signal.getsignal(number)
+    stopped = make(one.splits, one.backbone, tmp_path, loss=signalled)
+    with pytest.raises(stopping.Interrupted) as caught:
+        stopped.run()
+    assert str(caught.value) == "stopped at step 13 of 20, saved: the same command goes on from there"
+    assert caught.value.signal == number and signal.getsignal(number) is before
+    resumed = make(one.splits, one.backbone, tmp_path)
+    assert everything(resumed, resumed.run()) == one.expected
+    assert not differences(state(resumed), state(one.whole))
+
+
+def test_a_second_signal_ends_at_once(
+    kinds: dict[str, Kind], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = kinds["text"]
+
+    def twice(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if outputs.requires_grad:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return default_loss(one.splits.task)(outputs, targets)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        make(one.splits, one.backbone, tmp_path, loss=twice).run()
+    assert type(caught.value) is KeyboardInterrupt and not (tmp_path / "checkpoints").exists()
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+
+
+def test_a_full_disk_costs_the_checkpoints_and_not_the_run(
+    kinds: dict[str, Kind], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, said = kinds["text"], []
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = make(one.splits, one.backbone, tmp_path, said=said, save_steps=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        found = everything(run, run.run())
+    assert found == one.expected
+    assert said.count("Warning   no checkpoint (No space left on device); training goes on, unsaved") == 4
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_damaged_checkpoint_costs_time_only(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    one, said = kinds["images"], []
+    with pytest.raises(KeyboardInterrupt):
+        make(one.splits, one.backbone, tmp_path, given=one.given, save_steps=3,
+             loss=Interrupted(one.splits, "training", 28)).run()  # fmt: skip
+    path = tmp_path / "checkpoints" / "step-0000012" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    resumed = make(one.splits, one.backbone, tmp_path, given=one.given, said=said)
+    assert everything(resumed, resumed.run()) == one.expected
+    assert said[0].startswith(f"Damaged   {path.parent}: ") and said[1] == "Resumed   from step 9 of 20"
+    assert not differences(state(resumed), state(one.whole))

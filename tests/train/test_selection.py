@@ -15,12 +15,12 @@ from finetune.plan.onecycle import Flat
 from finetune.plan.stages import Plan, Stage
 from finetune.train.evaluate import Evaluation
 from finetune.train.selection import (
+    Average,
     averages_at,
     calibrated_loss,
     candidate,
     clearly_better,
     head_is_better,
-    new_average,
     standing,
 )
 from finetune.train.trainer import Trainer
@@ -101,17 +101,17 @@ def test_averaging_happens_at_the_end_and_not_too_often(steps: int) -> None:
 
 def test_the_average_is_exponential_and_has_the_buffers() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average = new_average(model)
-    expected, number = 0.0, 0
+    average, expected = None, 0.0
     for value in (1.0, 2.0, 4.0):
         with torch.no_grad():
             model[0].weight.fill_(value)
             model[1].running_mean.fill_(10 * value)
-        average.update_parameters(model)
-        expected = value if number == 0 else 0.9 * expected + 0.1 * value
-        number += 1
-    torch.testing.assert_close(average.module[0].weight, torch.full((2, 2), expected))
-    torch.testing.assert_close(average.module[1].running_mean, torch.full((2,), 10 * expected))
+        average, expected = (Average(model), value) if average is None else (average, expected)
+        average.update(model)
+        expected = 0.9 * expected + 0.1 * value
+    assert average is not None
+    torch.testing.assert_close(average.tensors["0.weight"], torch.full((2, 2), expected))
+    torch.testing.assert_close(average.tensors["1.running_mean"], torch.full((2,), 10 * expected))
 
 
 def scripted(trainer: Trainer, evaluations: Sequence[Evaluation]) -> list[dict[str, torch.Tensor]]:
@@ -159,7 +159,7 @@ def test_what_is_kept(
     assert all(differences(weights[which], other) for i, other in enumerate(weights[:3]) if i != which)
     if ema:
         assert trainer.average is not None
-        averaged = dict(trainer.average.module.state_dict())
+        averaged = trainer.average.tensors
         assert not differences(averaged, weights[3]) and differences(averaged, weights[2])
     else:
         assert trainer.average is None

@@ -1,6 +1,8 @@
 """The loop: what is frozen stays as it is, rates are the plan's, and micro-batches add up to their batch."""
 
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.data.sources import load_images
 from finetune.data.splits import Splits
 from finetune.data.task import Task, default_loss
-from finetune.errors import PlanError
+from finetune.errors import DataError, PlanError
 from finetune.plan.onecycle import Flat, OneCycle
 from finetune.plan.stages import Plan, Stage
+from finetune.train.progress import Outcome
 from finetune.train.trainer import Trainer, steps_per_epoch
 from tests.train.runs import STAGES, differences, make, state, steps
 
@@ -222,7 +226,7 @@ def test_what_is_said_and_kept_of_each_epoch(review_splits: Splits, bert: Path, 
     assert [entry["train_loss"] for entry in outcome.history] == pytest.approx(means, rel=1e-5)
     assert set(outcome.history[0]["valid"]) == {"accuracy", "f1_macro", "log_loss", "loss"}
     assert [line.split()[:2] for line in said] == [["head", "1/1"], ["all", "1/2"], ["all", "2/2"]]
-    assert len(outcome.stage_seconds) == 2 and min(outcome.stage_seconds) > 0.0
+    assert len(outcome.progress.stage_seconds) == 2 and min(outcome.progress.stage_seconds) > 0.0
 
 
 # Losses that leave all reason
@@ -247,50 +251,156 @@ def finite(trainer: Trainer) -> bool:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_ends_the_run_with_the_best_weights(
+def test_a_loss_that_is_never_a_number_ends_the_run_with_the_best_weights(
     review_splits: Splits, bert: Path, tmp_path: Path, value: float
 ) -> None:
-    good = make(review_splits, bert, tmp_path / "good", plan=Plan(STAGES[0]), given={"ema": False})
+    good = make(review_splits, bert, tmp_path / "good", plan=Plan(STAGES[0]), given={"ema": False, "lr": 3e-4})
     good.run()
-    sick = Sick(review_splits.task, 7, lambda loss, _: loss * value)
-    trainer = make(review_splits, bert, tmp_path / "sick", loss=sick)
+    sick, said = Sick(review_splits.task, 5, lambda loss, _: loss * value), []
+    trainer = make(review_splits, bert, tmp_path / "sick", loss=sick, said=said, given={"lr": 3e-4})
     outcome = trainer.run()
     assert outcome.status == "diverged" and outcome.kept == "epoch 1"
-    assert outcome.why.startswith(f"step 7: the loss is {value}; try a lower rate (lr=")
+    assert outcome.why == (
+        f"step 9: the loss is {value}, and so in 5 steps in a row, 3 times at ever lower rates; try lr=1e-06, or look "
+        "at the targets"
+    )
+    assert [(rewind["stage"], rewind["step"]) for rewind in outcome.progress.rewinds] == [(1, 9)] * 3
+    assert len([line for line in said if line.startswith("Back      step ")]) == 3
     assert not differences(state(trainer), state(good)) and finite(trainer)
-    assert [line["loss"] is None for line in steps(tmp_path / "sick")] == [False] * 7 + [True]
+    assert [line["loss"] is None for line in steps(tmp_path / "sick")] == [False] * 5 + [True] * 5
     assert outcome.valid.metrics["loss"] == pytest.approx(outcome.history[0]["valid"]["loss"])
 
 
-@pytest.mark.parametrize("start", [0, 2])
 def test_before_the_first_validation_the_weights_of_the_start_are_kept(
-    review_splits: Splits, bert: Path, tmp_path: Path, start: int
+    review_splits: Splits, bert: Path, tmp_path: Path
 ) -> None:
-    trainer = make(
-        review_splits, bert, tmp_path, loss=Sick(review_splits.task, start, lambda loss, _: loss * float("nan"))
-    )
+    trainer = make(review_splits, bert, tmp_path, loss=Sick(review_splits.task, 0, lambda loss, _: loss * float("nan")))
     outcome = trainer.run()
-    assert outcome.status == "diverged" and f"step {start}: the loss is nan" in outcome.why
+    assert outcome.status == "diverged" and "the loss is nan" in outcome.why and outcome.kept == "start"
     assert finite(trainer)
 
 
-def test_a_loss_that_rises_far_ends_the_run(review_splits: Splits, bert: Path, tmp_path: Path) -> None:
-    sick = Sick(review_splits.task, 6, lambda loss, step: loss * 1.5**step)
-    trainer = make(review_splits, bert, tmp_path, loss=sick, given={"lr": 3e-4})
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_without_a_usable_gradient_is_left_out(
+    review_splits: Splits, bert: Path, tmp_path: Path, bad: str
+) -> None:
+    """Weights and moments stay as they are over it, and the run goes on."""
+    states: list[Any] = []
+
+    def change(loss: torch.Tensor, step: int) -> torch.Tensor:
+        if step <= 1:
+            moments = {i: one["exp_avg"].clone() for i, one in trainer.optimizer.state_dict()["state"].items()}
+            states.append((state(trainer), moments))
+        if step > 0:
+            return loss
+        if bad == "loss":
+            return loss * float("nan")
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    trainer = make(review_splits, bert, tmp_path, loss=Sick(review_splits.task, 7, change))
     outcome = trainer.run()
-    assert outcome.status == "diverged"
-    losses = [line["loss"] for line in steps(tmp_path)]
+    (before, moments), (after, moments_after) = states
+    assert not differences(before, after) and len(moments) > 0
+    assert all(torch.equal(moments[i], moments_after[i]) for i in moments)
+    assert (outcome.status, outcome.progress.skipped, outcome.progress.rewinds) == ("finished", 1, [])
+    logged = steps(tmp_path)
+    assert len(logged) == 20 and [line["step"] for line in logged if line["grad_norm"] is None] == [7]
+    assert finite(trainer) and math.isfinite(outcome.history[1]["train_loss"])
+
+
+def rising(review_splits: Splits, times: int, folder: Path, bert: Path, **options: Any) -> tuple[Trainer, list[float]]:
+    """A run whose loss runs away from step 6 on, for the first so many times; and the losses up to the first end."""
+    losses: list[float] = []
+
+    def change(loss: torch.Tensor, _: int) -> torch.Tensor:
+        rewinds = trainer.progress.rewinds
+        if len(rewinds) < times and trainer.progress.step >= 6:
+            loss = loss * 1.5 ** (trainer.progress.step - 6)
+        if not rewinds:
+            losses.append(float(loss.detach()))
+        return loss
+
+    trainer = make(review_splits, bert, folder, loss=Sick(review_splits.task, 0, change), given={"lr": 3e-4}, **options)
+    return trainer, losses
+
+
+def test_a_loss_that_rises_far_goes_back_with_a_lower_rate(review_splits: Splits, bert: Path, tmp_path: Path) -> None:
+    trainer, losses = rising(review_splits, 1, tmp_path, bert)
+    outcome = trainer.run()
     smooth = losses[0]
     for loss in losses[1:-1]:
         smooth = 0.9 * smooth + 0.1 * loss
     assert smooth <= 4 * losses[0] < 0.9 * smooth + 0.1 * losses[-1]
-    end = f"the loss rose from {losses[0]:.3g} to {0.9 * smooth + 0.1 * losses[-1]:.3g}; try a lower rate (lr=0.0001)"
-    assert outcome.why == f"step {len(losses) - 1}: {end}"
+    last, end = len(losses) - 1, 0.9 * smooth + 0.1 * losses[-1]
+    why = f"step {last}: the loss rose from {losses[0]:.3g} to {end:.3g}"
+    assert outcome.progress.rewinds == [{"stage": 1, "step": last, "factor": 0.25, "why": why}]
+    assert (outcome.status, outcome.why) == ("finished", "")
+    logged, planned = steps(tmp_path), trainer.planned
+    assert [line["step"] for line in logged] == list(range(20)), "the log has each step once"
+    for line in logged:
+        factor = 0.25 if line["stage"] == 1 else 1.0
+        assert line["rates"] == pytest.approx([factor * rate for rate in planned.at(line["step"]).rates], rel=1e-4)
+
+
+def test_a_run_that_went_back_and_was_killed(review_splits: Splits, bert: Path, tmp_path: Path) -> None:
+    whole, _ = rising(review_splits, 2, tmp_path / "whole", bert)
+    expected = whole.run()
+    for stop in (8, 14):  # before it has gone back, and between
+        trainer, _ = rising(review_splits, 2, tmp_path / f"cut{stop}", bert, save_steps=3)
+        original, calls = trainer.step, []
+
+        def step(*args: Any, original: Any = original, calls: list[int] = calls, stop: int = stop) -> None:
+            calls.append(0)
+            if len(calls) > stop:
+                raise KeyboardInterrupt
+            original(*args)
+
+        trainer.step = step  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+        resumed, _ = rising(review_splits, 2, tmp_path / f"cut{stop}", bert)
+        found = resumed.run()
+        assert found.progress.rewinds == expected.progress.rewinds and len(expected.progress.rewinds) == 2
+        assert steps(tmp_path / f"cut{stop}") == steps(tmp_path / "whole")
+        assert not differences(state(resumed), state(whole))
 
 
 def test_a_single_bad_batch_does_not_end_the_run(review_splits: Splits, bert: Path, tmp_path: Path) -> None:
     sick = Sick(review_splits.task, 6, lambda loss, step: loss * (20.0 if step == 0 else 1.0))
     assert make(review_splits, bert, tmp_path, loss=sick).run().status == "finished"
+
+
+def test_images_that_vanish_under_way(squares: Path, resnet: Path, tmp_path: Path) -> None:
+    """A few are left out and named; more than a few end the run, which goes on once they are back."""
+    shutil.copytree(squares, tmp_path / "data")
+    whole = load_images(tmp_path / "data" / "train", valid=tmp_path / "data" / "test")
+    paths, moved = [Path(cell["path"]) for cell in whole.train["image"]], []
+
+    def run(folder: Path, lost: list[Path], said: list[str]) -> Outcome:
+        trainer = make(whole, resnet, folder, said=said, save_steps=1)
+        assert trainer.cache is not None
+        trainer.cache.close()
+        trainer.cache, original = None, trainer.step
+
+        def step(*args: Any) -> None:
+            if trainer.progress.step == 1:
+                moved.extend(path.rename(path.with_suffix(".gone")) for path in lost)
+            original(*args)
+
+        trainer.step = step  # type: ignore[method-assign]
+        return trainer.run()
+
+    said: list[str] = []
+    outcome = run(tmp_path / "one", paths[:1], said)
+    name = whole.train["id"][0]
+    assert outcome.progress.unreadable == {name: "file not found"}
+    assert said.count(f"Warning   left out, unreadable since the run began: {name}: file not found") >= 3
+    with pytest.raises(DataError, match=r"^2 of \d+ training rows have become unreadable since the run began \("):
+        run(tmp_path / "two", paths[1:2], said)
+    for path in moved:
+        path.rename(path.with_suffix(paths[0].suffix))
+    assert run(tmp_path / "two", [], said).status == "finished"
 
 
 def test_a_stage_that_no_longer_improves_comes_to_its_end_in_one_epoch(
