@@ -94,6 +94,22 @@ class Processes:
         """The items of all processes, in order of their rank, on every process."""
         return gather_object(items) if self.count > 1 else items
 
+    def check_same(self, model: nn.Module, stage: str) -> None:
+        """Make sure that every process has the same weights.
+
+        Raises:
+            RunError: They have drifted apart, and what they have learnt since is worth nothing.
+        """
+        if self.count == 1 or self.sharded:
+            return
+        sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()]).cpu()
+        for rank, other in enumerate(self.gather([sums])):
+            if not torch.allclose(other, sums, rtol=1e-6, atol=1e-6):
+                raise RunError(
+                    f"{stage}: the weights of process {rank} differ from those of process {self.rank}; a device or a "
+                    "link between them computes wrongly. Give the same command again to go on from the last checkpoint"
+                )
+
     def total(self, value: float) -> float:
         """Sum of a number over the processes."""
         if self.count == 1:

@@ -30,6 +30,8 @@ class Progress:
         epoch_losses: Losses of this epoch's steps.
         skipped: Steps whose gradient was not a number.
         skipped_in_a_row: How many of them since the last good one.
+        accumulation: Micro-batches a step, where the memory asked for more than the settings have.
+        recompute: Whether activations are computed again in the backward pass, because the memory asked for it.
         unreadable: Rows that could not be read in training, and why.
     """
 
@@ -47,6 +49,8 @@ class Progress:
     epoch_losses: list[float] = field(default_factory=list)
     skipped: int = 0
     skipped_in_a_row: int = 0
+    accumulation: int = 1
+    recompute: bool = False
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def applied_to(self, plan: ResolvedPlan) -> ResolvedPlan:

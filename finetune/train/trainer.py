@@ -24,7 +24,7 @@ from finetune.model.sharding import whole
 from finetune.plan.rates import param_groups
 from finetune.plan.settings import Settings
 from finetune.plan.stages import Point, ResolvedPlan
-from finetune.train import checkpoint
+from finetune.train import checkpoint, memory
 from finetune.train.evaluate import Evaluation, Loss, Metrics, as_float, evaluate
 from finetune.train.processes import Processes
 from finetune.train.progress import Diverged, Outcome, Progress
@@ -200,6 +200,7 @@ class Trainer:
         self.wrapped = self.processes.wrap(self.wrapped)
         set_mode(self.model, self.groups, stage.open_from, self.settings.freeze_batchnorm)
         self.open_replay(index)
+        self.fit_memory(index)
         steps_per_epoch = self.plan.steps_per_epoch
         while self.progress.step < first + stage.steps:
             epoch, offset = divmod(self.progress.step - first, steps_per_epoch)
@@ -220,6 +221,7 @@ class Trainer:
                 stage = self.plan.stages[index]
             if self.log.asked:
                 self.answer()
+        self.processes.check_same(self.model, stage.name)
         self.close_replay()
 
     def ends_early(self, index: int, done: int) -> bool:
@@ -249,6 +251,42 @@ class Trainer:
         if self.replay is not None:
             self.say(f"{stage.name:<9} frozen part computed once: {why}")
 
+    def fit_memory(self, index: int) -> None:
+        """Raise the number of micro-batches until the largest step of the stage fits every device.
+
+        Raises:
+            RunError: It does not, one example at a time.
+        """
+        # A pass of a spread model is one of all processes: one that is out of memory would leave the others waiting.
+        if self.processes.device.type not in memory.PROBED or self.processes.sharded or self.replay is not None:
+            return
+        order = epoch_order(len(self.splits.train), self.settings.batch_size, seed=self.seed, epoch=0)[0]
+        lengths, parts = self.lengths["train"], self.processes.count
+        rows = order if lengths is None else sorted(range(len(lengths)), key=lambda row: -lengths[row])[: len(order)]
+
+        def batch(count: int) -> Batch:
+            share = _split(rows, parts * count)[0]
+            task, processor = self.splits.task, self.pretrained.processor
+            return next(iter(make_loader(self.splits.train, task, processor, [share], train=True, workers=0)))
+
+        attempt = memory.largest_step(self.pretrained, batch, self.loss, self.processes)
+        before, most = self.accumulation, max(1, len(rows) // parts)
+        found = memory.micro_batches(attempt, before, most, self.processes)
+        if found is None and not self.progress.recompute:
+            self.progress.recompute = memory.save_activations(self.model)
+            found = memory.micro_batches(attempt, most, most, self.processes) if self.progress.recompute else None
+        if found is None:
+            raise memory.does_not_fit(rows[:1])
+        self.progress.accumulation = found
+        if found != before:
+            how = ", activations computed twice" if self.progress.recompute else ""
+            self.say(f"Memory    {self.plan.stages[index].name}: {found} micro-batches a step instead of {before}{how}")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step on each process."""
+        return max(self.settings.accumulation, self.progress.accumulation)
+
     def epochs_before(self, stage: int) -> int:
         """Epochs, whole or begun, of the stages before one."""
         return sum(math.ceil(before.steps / self.plan.steps_per_epoch) for before in self.plan.stages[:stage])
@@ -269,7 +307,7 @@ class Trainer:
     def steps_of_epoch(self, stage: int, epoch: int, offset: int, end: int | None = None) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step from `offset` to `end`; a pure function of seed, stage and
         epoch."""
-        data, batch_size, accumulation = self.splits.train, self.settings.batch_size, self.settings.accumulation
+        data, batch_size, accumulation = self.splits.train, self.settings.batch_size, self.accumulation
         number = self.epochs_before(stage) + epoch
         order = epoch_order(len(data), batch_size, seed=self.seed, epoch=number, lengths=self.lengths["train"])
         order = without_remainder(order, batch_size)
@@ -498,6 +536,8 @@ class Trainer:
             checkpoint.restore_optimizer(self.optimizer, optimizer)
             self.progress = Progress(**progress)
             self.plan = self.progress.applied_to(self.planned)
+            if self.progress.recompute:
+                memory.save_activations(self.model)
             self.say(f"Resumed   from step {self.progress.step} of {self.plan.steps}")
         if self.processes.is_main:
             cut(self.folder / "steps.jsonl", self.progress.step)

@@ -88,6 +88,21 @@ def test_a_launcher_that_did_not_join_the_processes(one: Processes, monkeypatch:
         start_processes()
 
 
+def test_weights_that_have_drifted_apart(one: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning #20340: what is unfrozen behind a wrap differs silently from process to process."""
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    sums = {True: model, False: other}
+    monkeypatch.setattr(Processes, "count", 2)
+    for same in (True, False):
+        theirs = torch.stack([parameter.detach().double().sum() for parameter in sums[same].parameters()])
+        monkeypatch.setattr(Processes, "gather", lambda _, mine, theirs=theirs: [*mine, theirs])
+        if same:
+            one.check_same(model, "head")
+        else:
+            with pytest.raises(RunError, match="^head: the weights of process 1 differ from those of process 0;"):
+                one.check_same(model, "head")
+
+
 # Precision
 
 LINEAR = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
