@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from finetune.data.loaders import epoch_order, make_loader
 from finetune.data.sources import load_dataset
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss
-from finetune.errors import DataError, PlanError
+from finetune.errors import DataError, PlanError, RunError
 from finetune.model.backbones import load_backbone
 from finetune.model.convex import linear_head_name
 from finetune.model.groups import LayerGroups, layer_groups
@@ -189,9 +190,15 @@ def fit(
         put_back(trained.model, pretrained.model)
     exporting = time.monotonic()
     if processes.is_main:
-        save_pretrained(pretrained, splits.task, folder / "model")
-        if splits.test is not None and test is not None:
-            test_predictions(folder / "predictions" / "test.csv", splits.test, splits.task, test)
+        try:
+            save_pretrained(pretrained, splits.task, folder / "model")
+            if splits.test is not None and test is not None:
+                test_predictions(folder / "predictions" / "test.csv", splits.test, splits.task, test)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"{folder}: the model cannot be written ({error}); make room, and give the same command again: it goes "
+                "on from the last checkpoint"
+            ) from None
     seconds = {
         "total": time.monotonic() - started,
         "setup": setup_seconds,

@@ -24,6 +24,7 @@ from finetune.data.task import default_loss
 from finetune.errors import DataError, PlanError, RunError
 from finetune.plan.settings import DIALS
 from finetune.run import Run
+from tests.tiny import vit_folder
 
 FAST: dict[str, Any] = {"epochs": 2, "batch_size": 8}
 
@@ -516,6 +517,46 @@ def test_the_same_command_goes_on_and_ends_the_same(
         key: other[key] for key in ("metrics", "history", "kept", "settings", "status")
     }
     assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+def test_another_request_goes_on_only_when_told_to(
+    square_splits: Splits, resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    options: dict[str, Any] = {"epochs": 4, "batch_size": 8, "save_steps": 4, "out": tmp_path / "run"}
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "default_loss", lambda _: Ctrl(square_splits, 9))
+        with pytest.raises(KeyboardInterrupt):
+            finetune.fit(square_splits, resnet, **options)
+    said = refused(RunError, square_splits, resnet, **{**options, "epochs": 6})
+    assert "options" in said and '"epochs": 4' in said and said.endswith("all the same with --resume-anyway")
+    vit = vit_folder(tmp_path / "vit")
+    said = refused(RunError, square_splits, vit, **options, resume_anyway=True)
+    assert f"{tmp_path / 'run' / 'checkpoints' / 'step-0000008'}: does not fit this run (" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "default_loss", lambda _: Ctrl(square_splits, 0))
+        with pytest.raises(KeyboardInterrupt):  # the attempt above left the request of another backbone
+            finetune.fit(square_splits, resnet, **options, resume_anyway=True)
+    capsys.readouterr()
+    run = finetune.fit(square_splits, resnet, **{**options, "epochs": 6}, resume_anyway=True)
+    assert "Resumed   from step 8 of 24" in capsys.readouterr().out
+    assert run.record["status"] == "finished" and run.record["identity"]["options"]["epochs"] == 6
+    assert [line["step"] for line in steps_of(tmp_path / "run")] == list(range(24))
+
+
+def test_a_disk_that_is_full_at_the_export(
+    square_splits: Splits, resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "save_steps": 4, "out": tmp_path / "run"}
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "save_pretrained", full)
+        said = refused(RunError, square_splits, resnet, **options)
+    assert said.endswith("make room, and give the same command again: it goes on from the last checkpoint")
+    assert finetune.fit(square_splits, resnet, **options).record["status"] == "finished"
 
 
 @pytest.mark.usefixtures("measured")

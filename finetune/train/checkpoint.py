@@ -50,7 +50,14 @@ def restore(model: nn.Module, weights: Weights) -> None:
 
 
 def scattered(weights: Weights, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `gathered` took, spread over the processes as the tensors of `like` are."""
+    """What `gathered` took, spread over the processes as the tensors of `like` are.
+
+    Raises:
+        KeyError: It lacks one of them.
+    """
+    for name, tensor in like.items():
+        if name not in weights and (not isinstance(tensor, DTensor) or torch.distributed.get_rank() == 0):
+            raise KeyError(f"{name} is not in it")
     return {name: spread(weights.get(name), tensor) for name, tensor in like.items()}
 
 

@@ -17,7 +17,7 @@ from finetune.data.decoded import DecodedCache
 from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
 from finetune.data.splits import Splits
 from finetune.data.task import units
-from finetune.errors import DataError, PlanError
+from finetune.errors import DataError, PlanError, RunError
 from finetune.model.groups import LayerGroups, set_mode, set_trainable
 from finetune.model.pretrained import Pretrained
 from finetune.model.sharding import whole
@@ -524,23 +524,36 @@ class Trainer:
         path = self.processes.first(lambda: checkpoint.newest(self.folder / "checkpoints", self.say))
         if path is not None:
             weights, optimizer, progress = checkpoint.load(path)
-            if "head" in weights:  # the model is still as it was loaded
-                like = {name: tensor for name, tensor in self.model.state_dict().items() if name in weights["head"]}
-                self.model.load_state_dict(checkpoint.scattered(weights["head"], like), strict=False)
-                self.head, self.head_weights = self.evaluate(), checkpoint.snapshot(self.model)
-            checkpoint.restore(self.model, weights["model"])
-            self.best_weights = weights["best"]
-            if "average" in weights:
-                self.average = Average(self.model)
-                self.average.tensors = checkpoint.scattered(weights["average"], self.average.tensors)
-            checkpoint.restore_optimizer(self.optimizer, optimizer)
-            self.progress = Progress(**progress)
-            self.plan = self.progress.applied_to(self.planned)
-            if self.progress.recompute:
-                memory.save_activations(self.model)
+            try:
+                self.take_up(weights, optimizer, progress)
+            except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:  # after --resume-anyway
+                why = str(error).strip().splitlines()[-1].strip()
+                raise RunError(
+                    f"{path}: does not fit this run ({why}); start anew with --overwrite, or take the backbone and the "
+                    "labels that it was begun with"
+                ) from None
             self.say(f"Resumed   from step {self.progress.step} of {self.plan.steps}")
         if self.processes.is_main:
             cut(self.folder / "steps.jsonl", self.progress.step)
+
+    def take_up(
+        self, weights: dict[str, checkpoint.Weights], optimizer: dict[str, Any], progress: dict[str, Any]
+    ) -> None:
+        """Be where a checkpoint was."""
+        if "head" in weights:  # the model is still as it was loaded
+            like = {name: tensor for name, tensor in self.model.state_dict().items() if name in weights["head"]}
+            self.model.load_state_dict(checkpoint.scattered(weights["head"], like), strict=False)
+            self.head, self.head_weights = self.evaluate(), checkpoint.snapshot(self.model)
+        checkpoint.restore(self.model, weights["model"])
+        self.best_weights = weights["best"]
+        if "average" in weights:
+            self.average = Average(self.model)
+            self.average.tensors = checkpoint.scattered(weights["average"], self.average.tensors)
+        checkpoint.restore_optimizer(self.optimizer, optimizer)
+        self.progress = Progress(**progress)
+        self.plan = self.progress.applied_to(self.planned)
+        if self.progress.recompute:
+            memory.save_activations(self.model)
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
