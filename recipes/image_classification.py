@@ -1,9 +1,9 @@
-"""Image classification: one folder a class, any timm or transformers vision backbone.
+r"""Image classification: one folder a class, any timm or transformers vision backbone.
 
     accelerate launch recipes/image_classification.py --data photos/
-    accelerate launch recipes/image_classification.py --data photos/ --backbone timm/vit_small_patch14_dinov2.lvd142m
-    --minutes 10 python recipes/image_classification.py --data photos/ --backbone fractals    # no network: the
-    backbone in the package
+    accelerate launch recipes/image_classification.py --data photos/ --minutes 10 \
+        --backbone timm/vit_small_patch14_dinov2.lvd142m
+    python recipes/image_classification.py --data photos/ --backbone fractals    # no network: it is in the package
 
 One label an image, several (a table with columns of 0 and 1), or a number: the labels tell.
 """

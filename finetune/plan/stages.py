@@ -23,7 +23,8 @@ class Stage:
 
     Attributes:
         open_from: First layer group that trains: index from the stem, negative from the head (-1: the head alone), or
-        a group's name. epochs: Length in passes over the training rows; a fraction is allowed.
+            a group's name.
+        epochs: Length in passes over the training rows; a fraction is allowed.
         steps: Length in optimizer steps, in place of `epochs`.
         shape: Schedule of rate and momentum over the stage.
         lr_scale: The stage's peaks over the run's.

@@ -34,7 +34,8 @@ class Evaluation:
 
     Attributes:
         outputs: Logits or values: array [N, C], for tags a list of [T_i, C]; for a head with several outputs a dict
-        of arrays. targets: Array [N] or [N, K]; for tags a list of [T_i].
+            of arrays.
+        targets: Array [N] or [N, K]; for tags a list of [T_i].
         loss: Mean of the training loss over the rows.
         metrics: By name, the loss among them.
         scores: One per row [N], higher is better; None where the outputs are a custom head's own.
