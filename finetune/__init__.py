@@ -33,6 +33,10 @@ _HOMES = {
     "Stage": "finetune.plan.stages",
     "Plan": "finetune.plan.stages",
     "gradual_unfreezing": "finetune.plan.stages",
+    "range_test": "finetune.plan.range_test",
+    "RangeTest": "finetune.plan.range_test",
+    "gradient_report": "finetune.plan.gradients",
+    "GradientReport": "finetune.plan.gradients",
     "Settings": "finetune.plan.settings",
     "choose_settings": "finetune.plan.settings",
     "FinetuneError": "finetune.errors",
@@ -55,7 +59,9 @@ if TYPE_CHECKING:
     from finetune.model.groups import LayerGroup, LayerGroups, layer_groups
     from finetune.model.pretrained import Preprocessing, Pretrained
     from finetune.output.predict import load
+    from finetune.plan.gradients import GradientReport, gradient_report
     from finetune.plan.onecycle import Flat, LinearDecay, OneCycle
+    from finetune.plan.range_test import RangeTest, range_test
     from finetune.plan.rates import geometric_rates, param_groups
     from finetune.plan.settings import Settings, choose_settings
     from finetune.plan.stages import Plan, Stage, gradual_unfreezing
