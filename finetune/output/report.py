@@ -129,6 +129,7 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         "confusion": _confusion_plot(folder, tally, labels),
         "confusions": _confusions(tally, labels),
         "scatters": _scatter_plots(folder, tested, labels),
+        "troubles": _troubles(record),
         "mistakes": tested.mistakes,
         "classes": _class_rows(tally, labels, train),
         "class_split": tally.split if tally else "",
@@ -137,6 +138,33 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         "most_listed": MOST_LISTED,
         "groups": record.get("groups", []),
     }
+
+
+def _troubles(record: dict[str, Any]) -> list[str]:
+    """What training got over, in sentences."""
+    said = []
+    for rewind in record.get("rewinds", []):
+        stage = record["stages"][rewind["stage"]]["name"] if record.get("stages") else f"stage {rewind['stage'] + 1}"
+        said.append(
+            f"Training of {stage!r} went back to the best weights so far and on at {rewind['factor']:g} of the rate: "
+            f"{rewind['why']}."
+        )
+    if record.get("skipped_steps"):
+        said.append(f"{record['skipped_steps']} steps were left out: their loss or gradient was not a number.")
+    if lost := record.get("unreadable"):
+        names = ", ".join(f"{name} ({why})" for name, why in list(lost.items())[:5])
+        said.append(f"{len(lost)} training rows became unreadable under way and were left out from then on: {names}.")
+    return said
+
+
+def lasting(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The validations that were not given up: a run that went back validates the same steps again."""
+    kept: list[dict[str, Any]] = []
+    for entry in history:
+        while kept and entry["step"] <= kept[-1]["step"] and entry["epoch"] > kept[-1]["epoch"]:
+            kept.pop()
+        kept.append(entry)
+    return kept
 
 
 def _standard_error(value: float | None, name: str | None, rows: int) -> float | None:
@@ -152,7 +180,7 @@ def _plots(
     curves = Curves.of(_steps(folder / "steps.jsonl"))
     if not len(curves.step):
         return []
-    planned, history = record.get("stages", []), record.get("history", [])
+    planned, history = record.get("stages", []), lasting(record.get("history", []))
     stages = [planned[i]["name"] if i < len(planned) else f"stage {i + 1}" for i in range(int(curves.stage.max()) + 1)]
     groups = record.get("groups") or [f"group {i + 1}" for i in range(curves.rates.shape[1])]
     place, losses = folder / "plots", curves.loss[np.isfinite(curves.loss)]

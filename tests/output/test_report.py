@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 
 from finetune.errors import RunError
 from finetune.output.plots import COLOURS, Curves, rates_curve
-from finetune.output.report import duration, number, write_report
+from finetune.output.report import duration, lasting, number, write_report
 
 SINGLE, MULTI, VALUE, TAGS = (
     "single_label_classification",
@@ -345,6 +345,21 @@ def test_runs_that_did_not_finish(tmp_path):
     (folder / "steps.jsonl").write_text("\n".join([*log[:-1], json.dumps(entry)]) + "\n")
     page = report(folder)
     assert why in page.text and page.row("log_loss")[1] == "not a number"
+
+
+def test_what_training_got_over_is_said(tmp_path):
+    rewind = {"stage": 1, "step": 30, "factor": 0.25, "why": "step 30: the loss rose from 0.7 to 6.7"}
+    run = make_run(tmp_path, steps=40, rewinds=[rewind], skipped_steps=3, unreadable={NASTY[0]: "file not found"})
+    page = write_report(run, tmp_path / "report.html").read_text()
+    assert "went back to the best weights so far and on at 0.25 of the rate: step 30: the loss rose" in page
+    assert "3 steps were left out" in page and "1 training rows became unreadable" in page and NASTY[0] not in page
+    assert "were left out" not in write_report(make_run(tmp_path / "b", steps=40), tmp_path / "b.html").read_text()
+
+
+def test_validations_that_were_given_up_are_not_drawn():
+    entries = [{"epoch": number, "step": step} for number, step in enumerate((10, 20, 30, 20, 30))]
+    assert [entry["epoch"] for entry in lasting(entries)] == [0, 3, 4]
+    assert lasting(entries[:3]) == entries[:3] and lasting([]) == []
 
 
 def test_few_groups_and_no_momentum(tmp_path):
