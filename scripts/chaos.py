@@ -47,6 +47,7 @@ def main() -> int:
         for name, kills in zip(options.runs, shares, strict=True):
             kind, count = name.split("/")
             out, command = Path(scratch) / "run", commanded(Path(scratch) / "data" / kind, int(count), Path(scratch))
+            shutil.rmtree(out, ignore_errors=True)
             seconds, expected = undisturbed([*command, str(out)], out), state_of(out)
             left, moments = kills, dict.fromkeys(MOMENTS, 0)
             ended = same = 0
