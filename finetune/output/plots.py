@@ -18,6 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 
+from finetune.errors import RunError
+from finetune.plan.range_test import RangeTest
+
 COLOURS = {
     "ink": "#1d2433",
     "muted": "#5d6778",
@@ -175,7 +178,7 @@ def rates_curve(curves: Curves, groups: Sequence[str], stages: Sequence[str]) ->
         axes.set_yscale("log")
         # The last steps of a cycle fall far below where it began: following them would flatten all the rest.
         axes.set_ylim(peaks[peaks > 0].min() / 40, peaks.max() * 2)
-        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.0e}".replace("e-0", "e-"))
+        axes.yaxis.set_major_formatter(_power)
         axes.minorticks_off()
     axes.legend()
     return figure
@@ -228,6 +231,35 @@ def scatter(name: str, target: np.ndarray, value: np.ndarray) -> Figure:
     return figure
 
 
+def draw_range_test(found: RangeTest, path: Path) -> Path:
+    """Write a picture of a range test: the loss over the rate, and the rates that it tells.
+
+    Raises:
+        RunError: The file cannot be written, or is of no kind of picture.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(title="Range test", xlabel="peak learning rate of the head", ylabel="loss", xscale="log")
+        low = min(found.smooth)
+        axes.plot(found.rates, found.losses, color=COLOURS["first"], alpha=0.3, linewidth=0.8)
+        axes.plot(found.rates, found.smooth, color=COLOURS["first"], label="smoothed")
+        if found.runs_away is not None:
+            axes.axvline(found.runs_away, color=COLOURS["second"], linestyle="--", label="runs away")
+        axes.axvline(found.suggested, color=COLOURS["third"], linestyle=":", label="suggested")
+        finite = [value for value in found.losses if np.isfinite(value)]
+        axes.xaxis.set_major_formatter(_power)
+        axes.minorticks_off()
+        axes.set_ylim(min([low, *finite]) * 0.9, min(max(finite), 3 * max(found.smooth[0], low)) * 1.05)
+        axes.legend()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot be written ({error}); give a .png, .svg or .pdf file with --out") from None
+    return path
+
+
 def _axes(title: str, curves: Curves, stages: Sequence[str]) -> tuple[Figure, Axes]:
     """An empty plot over the steps, every second stage shaded, each with its name, or number where there are many."""
     figure = Figure(figsize=(4.7, 2.4))
@@ -251,6 +283,11 @@ def _axes(title: str, curves: Curves, stages: Sequence[str]) -> tuple[Figure, Ax
     axes.set_title(title, pad=14)
     axes.set_xlim(spans[0][1], spans[-1][2])
     return figure, axes
+
+
+def _power(rate: float, _: Any) -> str:
+    """A rate on a logarithmic axis."""
+    return f"{rate:.0e}".replace("e-0", "e-").replace("e+00", "")
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ Smith's range test (2017, section 3.3): the rate grows by the same factor each s
 module and any loader will do; weights, buffers, gradients and random numbers are as before afterwards.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -137,7 +136,8 @@ def _read(rates: list[float], losses: list[float], smooth: list[float]) -> Range
         start -= 1
     runs_away = rates[start] if start < len(finite) else None
     until = min(start, len(finite) - 1)
-    slopes = [b - a for a, b in itertools.pairwise(finite[: until + 1])]
-    steepest = rates[slopes.index(min(slopes)) + 1] if slopes and min(slopes) < 0 else rates[0]
+    wide = max(1, len(finite) // 10)  # over one step, most of what falls is noise
+    slopes = [finite[i] - finite[i - wide] for i in range(wide, until + 1)]
+    steepest = rates[slopes.index(min(slopes)) + wide] if slopes and min(slopes) < 0 else rates[0]
     suggested = runs_away / SAFE if runs_away is not None else steepest
     return RangeTest(tuple(rates), tuple(losses), tuple(smooth), runs_away, steepest, suggested)
