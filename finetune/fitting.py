@@ -19,18 +19,20 @@ from finetune.model.backbones import load_backbone
 from finetune.model.convex import linear_head_name
 from finetune.model.groups import LayerGroups, layer_groups
 from finetune.model.heads import Head
+from finetune.model.lora import adapters
 from finetune.model.outputs import scale_outputs, scaled_loss, target_scale
 from finetune.model.pretrained import Pretrained
 from finetune.model.sharding import put_back
+from finetune.output.adapter import save_adapter, write_card
 from finetune.output.export import save_pretrained
 from finetune.output.record import describe_run, identity_of, starting_record, test_predictions, versions
 from finetune.plan.probes import epochs_in, seconds_per_step
 from finetune.plan.rates import geometric_rates
-from finetune.plan.settings import Settings, choose_settings, from_solved_head
+from finetune.plan.settings import Settings, choose_settings, for_adapters, from_solved_head
 from finetune.plan.stages import Plan
 from finetune.run import Run
 from finetune.train.evaluate import Loss, Metrics
-from finetune.train.folder import open_folder, read_record, write_record
+from finetune.train.folder import open_folder, read_record, release, take, write_record
 from finetune.train.processes import Processes, native_precision, start_processes
 from finetune.train.trainer import Trainer, steps_per_epoch
 
@@ -110,6 +112,7 @@ def fit(
     if isinstance(backbone, nn.Module):
         name = type(backbone).__name__
     identity = identity_of(splits, name, given, plan, seed, minutes=minutes, image_size=image_size)
+    processes.first(lambda: take(folder))
     resuming = processes.first(lambda: open_folder(folder, identity, overwrite=overwrite, resume_anyway=resume_anyway))
 
     if not isinstance(backbone, Pretrained):
@@ -129,69 +132,79 @@ def fit(
         splits.task.modality, len(splits.train), precision=native_precision(pretrained.model), given=given
     )
     processes = replace(processes, precision=chosen.precision)
-    layer, reason = _solvable(pretrained, groups, splits, chosen, loss, plan)
+    sample = _sample(pretrained, splits)
+    layer, reason = _solvable(pretrained, groups, sample, chosen, loss, plan)
     if layer is None:
         chosen = chosen.changed(reason, by="rule", solve_head=False)
     elif plan is None:
         chosen = from_solved_head(chosen, splits.task.modality, len(splits.train))
-    setup_seconds = time.monotonic() - started
-    if minutes is not None and resuming:  # a resumed run keeps the length that it began with
-        before = read_record(folder)["settings"]
-        dials = {dial: before[dial]["value"] for dial in ("epochs", "head_epochs") if before[dial]["by"] == "measured"}
-        chosen = chosen.changed("measured when the run began", **dials)
-    elif minutes is not None:
-        left = 60.0 * minutes - setup_seconds
-        chosen = _fit_into(left, chosen, pretrained, splits, groups, loss_function, processes)
-    per_epoch = steps_per_epoch(len(splits.train), chosen.batch_size)
-    rates = geometric_rates(len(groups), chosen.lr, chosen.span)
-    resolved = (plan if plan is not None else chosen.default_plan(len(groups))).resolve(groups, rates, per_epoch)
-    probe_seconds = time.monotonic() - started - setup_seconds
-    say(
-        f"Chosen    peak rate {chosen.lr:.2g} head -> {rates[0]:.2g} stem, {chosen.epochs:g} epochs, "
-        f"batch {chosen.batch_size}, {chosen.precision} on {processes.device.type}"
-    )
-    for number, line in enumerate(str(resolved).splitlines()):
-        say(f"{'Plan' if number == 0 else '':<9} {line}")
+    chosen = for_adapters(chosen)
+    with adapters(pretrained, groups, chosen.lora, sample, seed=seed) as (groups, adapter):
+        if adapter is not None:
+            say(f"Adapters  {adapter}")
+        setup_seconds = time.monotonic() - started
+        if minutes is not None and resuming:  # a resumed run keeps the length that it began with
+            before = read_record(folder)["settings"]
+            dials = {
+                dial: before[dial]["value"] for dial in ("epochs", "head_epochs") if before[dial]["by"] == "measured"
+            }
+            chosen = chosen.changed("measured when the run began", **dials)
+        elif minutes is not None:
+            left = 60.0 * minutes - setup_seconds
+            chosen = _fit_into(left, chosen, pretrained, splits, groups, loss_function, processes)
+        per_epoch = steps_per_epoch(len(splits.train), chosen.batch_size)
+        rates = geometric_rates(len(groups), chosen.lr, chosen.span)
+        resolved = (plan if plan is not None else chosen.default_plan(len(groups))).resolve(groups, rates, per_epoch)
+        probe_seconds = time.monotonic() - started - setup_seconds
+        say(
+            f"Chosen    peak rate {chosen.lr:.2g} head -> {rates[0]:.2g} stem, {chosen.epochs:g} epochs, "
+            f"batch {chosen.batch_size}, {chosen.precision} on {processes.device.type}"
+        )
+        for number, line in enumerate(str(resolved).splitlines()):
+            say(f"{'Plan' if number == 0 else '':<9} {line}")
 
-    trained = processes.shard(pretrained, groups)
-    trainer = Trainer(
-        trained,
-        splits,
-        groups,
-        resolved,
-        chosen,
-        folder=folder,
-        loss=loss_function,
-        processes=processes,
-        seed=seed,
-        own_metrics=metrics,
-        solvable=layer,
-        save_minutes=save_minutes,
-        save_steps=save_steps,
-        say=say,
-    )
-    record = starting_record(splits, pretrained, chosen, identity, processes.count, seed)
-    if processes.is_main:
-        write_record(folder, record)
-        splits.report.left_out_csv(folder / "left_out.csv")
-    test, began = None, time.monotonic()
-    unscale = scale_outputs(trained, *scale) if scale is not None else None
-    try:
-        outcome = trainer.run()
-        train_seconds = time.monotonic() - began - outcome.evaluate_seconds - trainer.head_seconds
-        if outcome.status != "finished":
-            say(f"Stopped   {outcome.why}; the weights of {outcome.kept} are kept")
-        if splits.test is not None:
-            test = trainer.evaluate(splits.test)
-    finally:
-        if unscale is not None:  # also after Ctrl-C: in a notebook the same model may be given again
-            unscale()
-    if processes.sharded:
-        put_back(trained.model, pretrained.model)
+        trained = processes.shard(pretrained, groups)
+        trainer = Trainer(
+            trained,
+            splits,
+            groups,
+            resolved,
+            chosen,
+            folder=folder,
+            loss=loss_function,
+            processes=processes,
+            seed=seed,
+            own_metrics=metrics,
+            solvable=layer,
+            save_minutes=save_minutes,
+            save_steps=save_steps,
+            say=say,
+        )
+        record = starting_record(splits, pretrained, chosen, identity, processes.count, seed)
+        if processes.is_main:
+            write_record(folder, record)
+            splits.report.left_out_csv(folder / "left_out.csv")
+        test, began = None, time.monotonic()
+        unscale = scale_outputs(trained, *scale) if scale is not None else None
+        try:
+            pretrained.info["trained"] = True  # and so has other weights than those of its name from here on
+            outcome = trainer.run()
+            train_seconds = time.monotonic() - began - outcome.evaluate_seconds - trainer.head_seconds
+            if outcome.status != "finished":
+                say(f"Stopped   {outcome.why}; the weights of {outcome.kept} are kept")
+            if splits.test is not None:
+                test = trainer.evaluate(splits.test)
+        finally:
+            if unscale is not None:  # also after Ctrl-C: in a notebook the same model may be given again
+                unscale()
+        if processes.sharded:
+            put_back(trained.model, pretrained.model)
     exporting = time.monotonic()
     if processes.is_main:
         try:
             save_pretrained(pretrained, splits.task, folder / "model")
+            if adapter is not None:
+                save_adapter(adapter, pretrained, splits.task, folder / "model", folder / "adapter")
             if splits.test is not None and test is not None:
                 test_predictions(folder / "predictions" / "test.csv", splits.test, splits.task, test)
         except (OSError, SafetensorError) as error:
@@ -208,12 +221,16 @@ def fit(
         "evaluate": trainer.evaluate_seconds,
         "export": time.monotonic() - exporting,
     }
+    record |= {"adapter": adapter.to_json()} if adapter is not None else {}
     record |= describe_run(outcome, test, trainer.plan, len(splits.train), seconds, processes.device) | {
         "versions": versions()
     }
     if processes.is_main:
         write_record(folder, record)
+        if adapter is not None:
+            write_card(folder / "adapter")
         trainer.drop_checkpoints()
+        release(folder)
     processes.wait()
     for line in _result_lines(record, folder):
         say(line)
@@ -223,7 +240,7 @@ def fit(
 def _solvable(
     pretrained: Pretrained,
     groups: LayerGroups,
-    splits: Splits,
+    sample: dict[str, torch.Tensor],
     settings: Settings,
     loss: Loss | None,
     plan: Plan | None,
@@ -236,9 +253,13 @@ def _solvable(
         return None, "a loss of one's own is trained by gradients"
     if not asked and (plan is not None or settings.reasons["head_epochs"][1] == "user"):
         return None, "the user gives the head a stage of its own"
+    return linear_head_name(pretrained, groups, sample)
+
+
+def _sample(pretrained: Pretrained, splits: Splits) -> dict[str, torch.Tensor]:
+    """Inputs of two training rows, on the model's device."""
     loader = make_loader(splits.train, splits.task, pretrained.processor, [[0, len(splits.train) - 1]], train=False)
-    inputs = next(iter(loader)).to(next(pretrained.model.parameters()).device).inputs
-    return linear_head_name(pretrained, groups, inputs)
+    return next(iter(loader)).to(next(pretrained.model.parameters()).device).inputs
 
 
 def _fit_into(

@@ -10,12 +10,12 @@ the predictions of the undisturbed run, byte by byte. Ends with 1 if one has not
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from equivalence import LOCAL, ROOT, make_data
 
 RUNS = ("pictures/1", "texts/1", "pictures/2", "texts/2")
@@ -119,11 +120,10 @@ def started(command: list[str], out: Path, moment: str, rng: random.Random, seco
             if folder_seen is None and (out / "run.json").exists():
                 folder_seen = now
             if folder_seen is not None and now - folder_seen >= wait and fires(out):
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill(process)
                 return moment
             if now - begin > 20 * seconds + 120:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill(process)
                 return f"{moment}: it hangs"
             time.sleep(0.001)
         said.seek(0)
@@ -131,6 +131,16 @@ def started(command: list[str], out: Path, moment: str, rng: random.Random, seco
         if process.returncode == 0 or "holds a run that is finished" in text:
             return "ended"
         return f"{moment}: ended with {process.returncode}: {text[-1500:]}"
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """End a process and all that it started: a launcher's have sessions of their own, and would go on without it."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.wait()
 
 
 def _lines(out: Path) -> int:

@@ -6,12 +6,19 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from finetune.errors import RunError
 from finetune.train.checkpoint import to_disk
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 RECORD = "run.json"
+LOCK = ".lock"
+_HELD: dict[Path, IO[str]] = {}
 
 
 def open_folder(
@@ -70,6 +77,49 @@ def open_folder(
     for path in content:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return False
+
+
+def take(folder: Path) -> None:
+    """Keep other processes from writing to a folder until `release`, or until this process has ended, however it did.
+
+    A launcher that is killed leaves its processes behind, still at work. Where the file system knows no locks, nothing
+    is kept.
+
+    Raises:
+        RunError: Another process has it, or it cannot be made.
+    """
+    place = folder.absolute()
+    if fcntl is None or place in _HELD:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    except OSError:
+        return  # `open_folder` says what is wrong with it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another"
+        file.close()
+        raise RunError(
+            f"{folder}: process {holder} is writing to it; wait until it ends, end it, or give another with --out"
+        ) from None
+    except OSError:
+        file.close()
+        return
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _HELD[place] = file
+
+
+def release(folder: Path) -> None:
+    """Let others write to a folder that `take` took."""
+    file = _HELD.pop(folder.absolute(), None)
+    if file is not None:
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
 
 
 def read_record(folder: Path) -> dict[str, Any]:

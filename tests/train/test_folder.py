@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.errors import RunError
-from finetune.train.folder import open_folder, read_record, write_record
+from finetune.train.folder import open_folder, read_record, release, take, write_record
 
 ASKED: dict[str, Any] = {"data": "abc", "options": {"lr": 1e-3, "betas": (0.9, 0.99)}, "plan": None, "seed": 0}
 
@@ -127,6 +129,33 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         assert refused(tmp_path) == expected
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from finetune.train.folder import take
+take(Path(sys.argv[1]))
+print("taken", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_that_another_process_writes_to(tmp_path: Path) -> None:
+    """A launcher that was killed leaves its processes at work."""
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "taken\n"
+        with pytest.raises(
+            RunError, match=f"run: process {other.pid} is writing to it; wait until it ends, end it, or"
+        ):
+            take(folder)
+        other.kill()
+    take(folder)
+    take(folder)  # this process has it already, as after an error in a notebook
+    assert open_folder(folder, ASKED) is False
+    release(folder)
+    assert list(folder.iterdir()) == []
 
 
 def test_the_record_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
