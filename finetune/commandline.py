@@ -3,11 +3,12 @@
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import Any
 
 import tyro
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, without_secrets
 
 
 def cli(main: Callable[..., Any]) -> None:
@@ -15,11 +16,23 @@ def cli(main: Callable[..., Any]) -> None:
     docstring.
 
     An error meant for the user is printed in one line, by the first process alone, and ends with status 2; a signal
-    with 128 and its number, as a shell has it.
+    with 128 and its number, as a shell has it. A command line that cannot be read and has a token in it is not shown.
     """
     first = os.environ.get("RANK", "0") == "0"
+    secret = any(without_secrets(word) != word for word in sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a console may lack a letter of a file's name, or of a class
+            stream.reconfigure(errors="backslashreplace")
     try:
-        tyro.cli(main, console_outputs=first)
+        tyro.cli(main, console_outputs=first and not secret)
+    except SystemExit as ended:
+        if ended.code == 2 and secret and first:
+            print(
+                "error: this command line cannot be read, and is not shown as it holds a token; leave the token out, "
+                "`hf auth login` keeps it, and see --help",
+                file=sys.stderr,
+            )
+        raise
     except FinetuneError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)

@@ -61,6 +61,17 @@ class Run:
         target = Path(path) if path is not None else self.folder / "report.html"
         return write_report(self.folder, target) if self.is_main else target
 
+    def to_onnx(self, path: str | Path | None = None, *, overwrite: bool = False) -> Path:
+        """Write the model as ONNX, if onnxruntime then gives the same outputs; by default `model.onnx` in the run
+        folder. See `finetune.output.onnx_export.export_onnx`.
+        """
+        from finetune.output.onnx_export import export_onnx
+
+        target = Path(path) if path is not None else self.folder / "model.onnx"
+        if self.is_main:
+            export_onnx(self._predictor, target, run_folder=self.folder, overwrite=overwrite)
+        return target
+
     def push_to_hub(
         self,
         repo_id: str,
@@ -71,16 +82,18 @@ class Run:
         create_pr: bool = False,
         examples: Sequence[Any] = (),
         dry_run: bool = False,
+        adapter: bool = False,
     ) -> str:
         """Upload the plain checkpoint to the Hugging Face Hub, with a card; the URL of the commit or pull request. In
-        a dry run, what would be sent. See `finetune.output.hub.push_to_hub` for the options.
+        a dry run, what would be sent; with `adapter`, the adapter of a run that had `lora`. See
+        `finetune.output.hub.push_to_hub` for the options.
         """
         from finetune.output.hub import push_to_hub
 
         if not self.is_main:
             return ""
         return push_to_hub(
-            self.folder / "model",
+            self.folder / ("adapter" if adapter else "model"),
             repo_id,
             private=private,
             revision=revision,
@@ -88,4 +101,5 @@ class Run:
             create_pr=create_pr,
             examples=examples,
             dry_run=dry_run,
+            adapter=adapter,
         )

@@ -1,12 +1,16 @@
-"""The words after `finetune` on the command line go in; a model is pushed, used, or scored. `--help` costs no torch."""
+"""The words after `finetune` on the command line go in; a model is pushed, used, scored, or written as ONNX. `--help`
+costs no torch."""
 
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, subcommand
 
+from finetune import verbs_runs, verbs_train
 from finetune.commandline import cli
 from finetune.errors import RunError
 
@@ -21,6 +25,7 @@ def push(
     create_pr: bool = False,
     examples: tuple[str, ...] = (),
     dry_run: bool = False,
+    adapter: bool = False,
 ) -> None:
     """Upload a trained model to the Hugging Face Hub, with its card.
 
@@ -33,13 +38,14 @@ def push(
         create_pr: Propose the commit as a pull request.
         examples: Texts or images that everybody may see, to be shown on the card with the model's answers.
         dry_run: Only list what would be sent.
+        adapter: Upload the adapter of a run with `lora`, in place of the merged model.
     """
     from finetune.output.hub import push_to_hub
 
     print(
         push_to_hub(
             folder, name, private=private, revision=revision, commit_message=message, create_pr=create_pr,
-            examples=examples, dry_run=dry_run,
+            examples=examples, dry_run=dry_run, adapter=adapter,
         )
     )  # fmt: skip
 
@@ -63,8 +69,7 @@ def predict(
     """
     if not inputs:
         raise RunError("inputs: none; give files, a folder, a table or texts")
-    if out is not None and any(Path(given).exists() and out.exists() and out.samefile(given) for given in inputs):
-        raise RunError(f"{out}: is one of the inputs; give another file with --out")
+    refuse_input(out, inputs)
     from finetune.output.predict import load
     from finetune.output.verbs import predict_all, write_rows
 
@@ -102,6 +107,7 @@ def evaluate(
     from finetune.output.predict import load
     from finetune.output.verbs import evaluate_on, trained_columns
 
+    refuse_input(out, [data])
     given = {"text": text, "text_pair": text_pair, "image": image}
     columns = {role: column for role, column in given.items() if column is not None}
     found = evaluate_on(
@@ -114,14 +120,48 @@ def evaluate(
     )
     print("\n".join(found.lines()))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found.to_json(), indent=2, default=float) + "\n", encoding="utf-8")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(found.to_json(), indent=2, default=float) + "\n", encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise RunError(f"{out}: cannot be written ({error}); give another file with --out") from None
+
+
+def onnx(model: Positional[str], *, out: Path | None = None, overwrite: bool = False) -> None:
+    """Write a model as ONNX, if onnxruntime then gives the same outputs as PyTorch.
+
+    Args:
+        model: Run folder, model folder, or the name of a model on the Hub.
+        out: File to write; by default model.onnx in the folder.
+        overwrite: Replace a file that is there.
+    """
+    if out is None and not Path(model).is_dir():
+        raise RunError(f"{model}: no such folder; check the path, or name the file to write with --out")
+    from finetune.output.onnx_export import export_onnx, refuse_early
+    from finetune.output.predict import load
+
+    path = out if out is not None else Path(model) / "model.onnx"
+    refuse_early(path, overwrite)
+    print(export_onnx(load(model, device="cpu"), path, run_folder=Path(model), overwrite=overwrite))
+
+
+def refuse_input(out: Path | None, given: Sequence[str]) -> None:
+    """Refuse to write over what is read. A text may be too long for a path, of which the methods of Path complain."""
+    if out is not None and any(os.path.exists(one) and os.path.exists(out) and out.samefile(one) for one in given):
+        raise RunError(f"{out}: is one of the inputs; give another file with --out")
 
 
 Verbs = (
-    Annotated[Any, subcommand(name="push", constructor=push)]
+    Annotated[Any, subcommand(name="fit", constructor=verbs_train.fit)]
+    | Annotated[Any, subcommand(name="inspect", constructor=verbs_train.inspect)]
+    | Annotated[Any, subcommand(name="range-test", constructor=verbs_train.range_test)]
+    | Annotated[Any, subcommand(name="report", constructor=verbs_runs.report)]
+    | Annotated[Any, subcommand(name="compare", constructor=verbs_runs.compare)]
+    | Annotated[Any, subcommand(name="doctor", constructor=verbs_runs.doctor)]
+    | Annotated[Any, subcommand(name="push", constructor=push)]
     | Annotated[Any, subcommand(name="predict", constructor=predict)]
     | Annotated[Any, subcommand(name="evaluate", constructor=evaluate)]
+    | Annotated[Any, subcommand(name="onnx", constructor=onnx)]
 )
 
 

@@ -161,7 +161,8 @@ def blank_cells(cells: Sequence[Sequence[Any]]) -> list[int]:
 def scan_images(part: Part, column: str, found: Scan) -> Part:
     """Decode every image of a part in a thread pool; note its pixel hash, or what is wrong with it."""
     data = part.data
-    if isinstance(data.features[column], datasets.Image):
+    own_paths = isinstance(data.features[column], datasets.Image)
+    if own_paths:
         data = data.cast_column(column, datasets.Image(decode=False))
     else:
         cells: list[dict[str, Any]] = []
@@ -176,6 +177,10 @@ def scan_images(part: Part, column: str, found: Scan) -> Part:
         source = None if cell is None else cell["path"] if cell["bytes"] is None else cell["bytes"]
         if source is None:
             return "", "no image"
+        if own_paths and isinstance(source, str) and part.root is not None:  # of one's own Dataset, any will do
+            reason = inside(os.path.abspath(source), part.root)[1]
+            if reason:
+                return "", reason
         try:
             return pixel_key(open_image(source)), ""
         except BadImage as error:

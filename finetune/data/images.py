@@ -28,6 +28,10 @@ CROP_SCALE = (0.35, 1.0)  # share of the area that a training crop keeps
 CROP_RATIO = (3 / 4, 4 / 3)
 RESAMPLE = {mode.name.lower(): mode for mode in Image.Resampling}  # torchvision's and timm's names
 TOO_LARGE = "more pixels than can be read safely; make it smaller"
+STRETCHED = (
+    300  # Sides in a greater proportion than this: made as high as a backbone wants it, a line fills the memory.
+)
+RUN = ("EPS", "WMF")  # Pillow hands these to other programs, such as Ghostscript, which run what is in them.
 ORIENTATION = 0x0112  # EXIF tag
 REDUCING_GAP = 3.0  # Pillow then averages whole pixels before it resamples, which cannot be told from resampling alone
 
@@ -55,13 +59,15 @@ def open_image(source: str | Path | bytes, size: tuple[int, int] | None = None) 
         size: (H, W) at least needed: a much larger JPEG is then decoded at 1/2, 1/4 or 1/8, which is faster.
 
     Raises:
-        BadImage: Missing, empty, not an image, damaged, or too large.
+        BadImage: Missing, empty, not an image, damaged, too large, or a line.
     """
+    if not isinstance(source, bytes) and not os.path.isfile(source):  # of a pipe, opening would wait for ever
+        raise BadImage("file not found")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            width, height = image.size
-            if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
-                raise BadImage(TOO_LARGE)
+            if image.format in RUN:
+                raise BadImage(f"{image.format} is not supported; convert it to PNG")
+            check_size(image)
             if size is not None:
                 draft(image, max(size))
             image.load()
@@ -72,6 +78,19 @@ def open_image(source: str | Path | bytes, size: tuple[int, int] | None = None) 
         raise BadImage(TOO_LARGE) from None
     except Exception as error:  # Pillow's decoders raise about everything on damaged files
         raise BadImage(reason_unreadable(source, error)) from None
+
+
+def check_size(image: Image.Image) -> None:
+    """Refuse what would take memory out of all proportion.
+
+    Raises:
+        BadImage: Too many pixels, none, or a line.
+    """
+    width, height = image.size
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(TOO_LARGE)
+    if max(width, height) > STRETCHED * min(width, height):
+        raise BadImage(f"more than {STRETCHED} times as long as wide; cut it into pieces")
 
 
 def draft(image: Image.Image, side: int) -> None:
@@ -114,8 +133,6 @@ def reason_unreadable(source: str | Path | bytes, error: Exception) -> str:
     """Say in a few words what is wrong with a file that did not open."""
     if isinstance(error, PermissionError):
         return "permission denied"
-    if not isinstance(source, bytes) and not os.path.isfile(source):
-        return "file not found"
     if (len(source) if isinstance(source, bytes) else os.path.getsize(source)) == 0:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):

@@ -1,5 +1,6 @@
 """Someone's own data goes in: a folder, a file of rows, a Hub data set, a Dataset; `Splits` come out."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import huggingface_hub
 
 from finetune.data.splits import Splits, build
 from finetune.data.tables import IMAGE_SUFFIXES, TABLE_SUFFIXES, Part, find_roles, read_table
@@ -112,6 +114,8 @@ def load_dataset(data: Source, **options: Any) -> Splits:
 
 def load(data: Source, valid: Source | None, test: Source | None, task: str | None, seed: int, **roles: Any) -> Splits:
     """Read all parts, tell what their columns are, and build the splits."""
+    if not 0 <= seed < 2**63:
+        raise DataError(f"seed: {seed}; give a whole number from 0 to {2**63 - 1}")
     parts = read(data)
     if "train" not in parts:
         raise DataError(f"{shown(data)}: no train split, only {', '.join(parts)}; rename it, or give its files as data")
@@ -169,15 +173,20 @@ def read(data: Source) -> dict[str, Part]:
         raise DataError(
             f"data: a {type(data).__name__} cannot be read; give a path, a Hub name, a Dataset or a DatasetDict"
         )
-    path = Path(data).expanduser()
-    if path.is_file():
-        return {"train": read_table(path)}
-    if path.is_dir():
-        return read_folder(path)
+    if not str(data).strip() or not is_utf8(str(data)):
+        raise DataError(f"data: {str(data)!r} is no path that can be used; give one whose name is UTF-8")
+    try:
+        path = Path(os.path.expanduser(data))
+        if path.is_file():
+            return {"train": read_table(path)}
+        if path.is_dir():
+            return read_folder(path)
+    except OSError as error:  # no permission, or a name that is too long
+        raise DataError(f"{str(data)[:200]}: cannot be read ({error.strerror}); check the path") from None
     return read_hub(str(data))
 
 
-def of_datasets(splits: dict[str, Any]) -> dict[str, Part]:
+def of_datasets(splits: dict[str, Any], root: Path | None = None) -> dict[str, Part]:
     """Give the splits of a DatasetDict their names here; a row's id is "train[16]", as in Python."""
     parts: dict[str, Part] = {}
     named = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
@@ -187,7 +196,7 @@ def of_datasets(splits: dict[str, Any]) -> dict[str, Part]:
             continue  # "unsupervised", "validation_mismatched"
         if not len(data):
             raise DataError(f"{key}: no rows; give a data set with a row for each example")
-        parts[name] = Part(data.with_format(None), [f"{key}[{row}]" for row in range(len(data))], key)
+        parts[name] = Part(data.with_format(None), [f"{key}[{row}]" for row in range(len(data))], key, root)
     if not parts:
         raise DataError(f"data: no train split among {', '.join(splits)}; rename one to train")
     return parts
@@ -196,7 +205,7 @@ def of_datasets(splits: dict[str, Any]) -> dict[str, Part]:
 def read_hub(name: str) -> dict[str, Part]:
     """Load a data set from the Hugging Face Hub: "owner/name", with ":config" and "@revision" where there are such."""
     if not HUB_NAME.fullmatch(name):
-        raise DataError(f"{name}: no such file or folder; check the path")
+        raise DataError(f"{name[:200]}: no such file or folder; check the path")
     place, _, revision = name.partition("@")
     repository, _, config = place.partition(":")
     try:
@@ -209,14 +218,18 @@ def read_hub(name: str) -> dict[str, Part]:
         raise DataError(
             f"{name}: no such file or folder, and not to be had from the Hub ({reason}); {advice}"
         ) from None
-    return of_datasets(dict(loaded))
+    return of_datasets(dict(loaded), root=downloads())
+
+
+def downloads() -> Path:
+    """Folder around all that `datasets` has fetched: pictures of its data sets lie there, and nowhere else."""
+    return Path(os.path.commonpath([huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]))
 
 
 def read_folder(folder: Path) -> dict[str, Part]:
     """Read a folder: a saved Dataset, tables named by split, folders named by split, metadata, or class folders."""
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        loaded = datasets.load_from_disk(str(folder))
-        return of_datasets(dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded})
+        return read_saved(folder)
     tables = split_tables(folder)
     if "train" in tables:
         return {name: read_table(path) for name, path in tables.items()}
@@ -230,6 +243,31 @@ def read_folder(folder: Path) -> dict[str, Part]:
                 parts[name] = read_images(folders[name], folder)
         return parts
     return {"train": read_images(folder, folder)}
+
+
+def read_saved(folder: Path) -> dict[str, Part]:
+    """Read a Dataset or DatasetDict saved to disk; its files and pictures have to lie in the folder.
+
+    Raises:
+        DataError: They do not, or it is damaged.
+    """
+    try:
+        parts = folder / "dataset_dict.json"
+        names = json.loads(parts.read_text(encoding="utf-8"))["splits"] if parts.is_file() else [""]
+        for name in names:
+            state = json.loads((folder / name / "state.json").read_text(encoding="utf-8"))
+            for file in [*filter(None, [name]), *(entry["filename"] for entry in state["_data_files"])]:
+                if file in (".", "..") or re.search(r"[/\\]", file):
+                    raise DataError(f"{folder}: names {file!r}, which lies elsewhere; do not use this data set")
+        loaded = datasets.load_from_disk(str(folder))
+    except DataError:
+        raise
+    except Exception as error:  # whatever `datasets` and what is below it raise at files that are damaged
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise DataError(
+            f"{folder}: a saved Dataset that cannot be read ({type(error).__name__}: {reason}); save it again"
+        ) from None
+    return of_datasets(dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}, folder)
 
 
 def split_tables(folder: Path) -> dict[str, Path]:
@@ -307,11 +345,25 @@ def read_images(folder: Path, root: Path) -> Part:
                 "with its name, or add metadata.csv with columns file_name and label"
             )
         raise DataError(f"{folder}: no images here; give a folder with one sub-folder of images for each class")
-    files = [(path, name) for name, paths in found.items() for path in paths]
+    files = [(path, name) for name, paths in found.items() for path in paths if is_utf8(str(path))]
+    unnamed = [path for paths in found.values() for path in paths if not is_utf8(str(path))]
+    if not files:
+        raise DataError(f"{folder}: no image whose name is UTF-8; rename the files and folders")
     ids = [path.relative_to(root).as_posix() for path, _ in files]
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
     cells = [{"path": str(path), "bytes": None} for path, _ in files]
     data = datasets.Dataset.from_dict({"image": cells, "label": [name for _, name in files]}, features=features)
-    outside = tuple((path.relative_to(root).as_posix(), "lies outside the class folders") for path in loose)
-    notes = tuple(f"{folder / name} holds no images." for name, paths in found.items() if not paths)
+    outside = tuple((in_utf8(path.relative_to(root).as_posix()), "lies outside the class folders") for path in loose)
+    outside += tuple((in_utf8(path.relative_to(root).as_posix()), "its name is not UTF-8") for path in unnamed)
+    notes = tuple(f"{in_utf8(str(folder / name))} holds no images." for name, paths in found.items() if not paths)
     return Part(data, ids, str(folder), root, outside, notes, class_folders=True)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name is text: Linux takes any bytes for one, but neither Arrow nor JSON nor a web page does."""
+    return in_utf8(name) == name
+
+
+def in_utf8(name: str) -> str:
+    """A name with escapes for the bytes that are no UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()

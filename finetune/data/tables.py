@@ -94,6 +94,9 @@ def read_table(path: Path, root: Path | None = None) -> Part:
     if not rows.ids:
         bad = f" (first: {rows.left_out[0][0]}: {rows.left_out[0][1]})" if rows.left_out else ""
         raise DataError(f"{path}: no rows{bad}; it needs a header line with column names and a line for each example")
+    unnamed = next((name for name in rows.columns if "\0" in name), None)
+    if unnamed is not None:
+        raise DataError(f"{path}: the name of column {unnamed!r} has zero bytes in it; save the file as UTF-8")
     return Part(columns_to_dataset(rows.columns), rows.ids, str(path), root, tuple(rows.left_out), notes)
 
 
@@ -101,7 +104,7 @@ def read_text(path: Path) -> tuple[str, tuple[str, ...]]:
     """Decode a file: UTF-8 with or without BOM, UTF-16 with BOM, otherwise Windows-1252 with a note."""
     content = path.read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16"), ()
+        return content.decode("utf-16", errors="replace"), ()
     try:
         return content.decode("utf-8-sig"), ()
     except UnicodeDecodeError as error:
@@ -182,7 +185,7 @@ def read_json(path: Path, text: str) -> Rows:
     rows = Rows()
     try:
         content = json.loads(text) if path.suffix.lower() == ".json" else None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         content = None  # .json with one object a line
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
@@ -199,10 +202,10 @@ def read_json(path: Path, text: str) -> Rows:
                 continue
             try:
                 row = json.loads(row)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # also of a number of more digits than Python reads
                 row = None
         if isinstance(row, dict):
-            rows.add(f"{path.name}:{number}", row)
+            rows.add(f"{path.name}:{number}", {whole(name): cell for name, cell in row.items()})
         else:
             rows.left_out.append((f"{path.name}:{number}", "not a JSON object"))
     return rows
@@ -225,11 +228,22 @@ def columns_to_dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
     def uniform(column: list[Any]) -> list[Any]:
         try:
             pa.array(column)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
+        except UnicodeEncodeError:
+            return uniform([whole(cell) for cell in column])
+        except (pa.ArrowException, OverflowError):
             return [None if cell is None else cell if isinstance(cell, str) else json.dumps(cell) for cell in column]
         return column
 
     return datasets.Dataset.from_dict({name: uniform(column) for name, column in columns.items()})
+
+
+def whole(cell: Any) -> Any:
+    """A value of JSON, with a sign in place of each half of a character (of an emoji cut in two, "\\ud83d")."""
+    if isinstance(cell, str):
+        return cell if cell.isascii() else cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(cell, dict):
+        return {whole(name): whole(value) for name, value in cell.items()}
+    return [whole(value) for value in cell] if isinstance(cell, list) else cell
 
 
 def find_roles(
@@ -253,7 +267,13 @@ def find_roles(
     for option, column in [*inputs.items(), *(("label", column) for column in labels)]:
         if column not in part.data.column_names:
             raise DataError(f"{part.where}: no column {column!r}; {listed(part)}; name one with {option}=")
-    free = [name for name in part.data.column_names if name not in inputs.values() and name not in labels]
+    given = [*inputs.values(), *labels]
+    twice = next((column for column in given if given.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{part.where}: column {twice!r} is named twice; {listed(part)}; name another for one of the two"
+        )
+    free = [name for name in part.data.column_names if name not in given]
     lower = {name.lower(): name for name in reversed(free)}
     if not labels:
         labels = tuple(lower[name] for name in LABEL_NAMES if name in lower)[:1]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import BackboneError
-from finetune.model.fetch import locate
+from finetune.model.fetch import loading, locate
 from finetune.model.heads import Head, TokenLinear
 from finetune.model.pretrained import Preprocessing, Pretrained, example_inputs, with_head
 
 if TYPE_CHECKING:
     from finetune.data.task import Task
 
+LARGEST = 4096  # pixels of a side
 EXAMPLES = {"image": "timm/convnext_nano.in12k_ft_in1k", "text": "answerdotai/ModernBERT-base"}
 
 
@@ -81,7 +82,36 @@ def load_backbone(
             trust_remote_code=trust_remote_code,
             seed=seed,
         )
+    _check_finite(name, loaded.model)
+    if processor is None and isinstance(loaded.processor, Preprocessing):
+        _check_preprocessing(name, loaded.processor)
     return loaded if processor is None else replace(loaded, processor=processor)
+
+
+def _check_finite(name: str, model: nn.Module) -> None:
+    odd = next((key for key, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+    if odd is not None:
+        raise BackboneError(
+            f"{name}: its weights hold values that are no numbers ({odd}); fetch or save the model again"
+        )
+
+
+def _check_preprocessing(name: str, pre: Preprocessing) -> None:
+    """Try what the checkpoint says of its images on a picture, before data is read with it."""
+    from PIL import Image
+
+    from finetune.data.images import eval_transform
+
+    with loading(f"{name}: what it says of its images cannot be", "mend its preprocessing, or save the model again"):
+        if not all(isinstance(side, int) and 1 <= side <= LARGEST for side in pre.size):
+            raise ValueError(f"a size of {pre.size} pixels; at most {LARGEST} a side")
+        if not 0.05 <= pre.crop_pct <= 20:
+            raise ValueError(f"a crop_pct of {pre.crop_pct}")
+        if not len(pre.mean) == len(pre.std) == 3:
+            raise ValueError(f"a mean of {pre.mean} and a deviation of {pre.std}, for the three channels of a picture")
+        pixels = eval_transform(pre)(Image.new("RGB", (8, 8)))
+        if pixels.shape[0] != 3 or not torch.isfinite(pixels).all():
+            raise ValueError(f"a picture becomes {tuple(pixels.shape)}, or no numbers")
 
 
 def _check_modality(name: str, found: tuple[str, ...], wanted: str | None) -> None:

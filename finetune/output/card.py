@@ -19,6 +19,7 @@ from huggingface_hub.utils import yaml_dump
 from finetune.output.card_facts import Facts
 from finetune.output.card_sections import all_sections
 from finetune.output.markdown import joined, sections, text
+from finetune.output.report import readable
 
 # Ids of licences that the Hub takes; others are "other", with a name (as its refusal lists them, huggingface_hub#4218).
 LICENCES = frozenset(
@@ -112,7 +113,12 @@ def _digest(part: Any) -> str:
 
 
 def make_card(
-    facts: Facts, repo_id: str, *, base: Mapping[str, Any] | None = None, examples: Sequence[Any] = ()
+    facts: Facts,
+    repo_id: str,
+    *,
+    base: Mapping[str, Any] | None = None,
+    examples: Sequence[Any] = (),
+    draw: bool = True,
 ) -> Card:
     """The card of a model.
 
@@ -121,11 +127,16 @@ def make_card(
         repo_id: Where it will be.
         base: Metadata of the backbone's card on the Hub, where it could be read: for its licence and language.
         examples: Texts, pairs of texts, or images that everybody may see; they are shown with the model's answers.
+        draw: Whether it has pictures.
 
     Raises:
         RunError: An example cannot be read.
     """
-    base = base or {}
+    with readable(facts.folder.parent if facts.record else facts.folder):
+        return _make_card(facts, repo_id, base or {}, examples, draw)
+
+
+def _make_card(facts: Facts, repo_id: str, base: Mapping[str, Any], examples: Sequence[Any], draw: bool) -> Card:
     shown: list[Any] = []
     if examples:
         from finetune.output.card_examples import examples as answered  # loads the model
@@ -133,7 +144,7 @@ def make_card(
         shown = answered(facts, examples)
     from finetune.output.card_pictures import pictures
 
-    drawn = pictures(facts)
+    drawn = pictures(facts) if draw else {}
     licence = _licence(facts, base)
     head = metadata(facts, repo_id, licence, base, shown)
     body = all_sections(facts, repo_id, _licence_words(facts, licence), shown, drawn)
@@ -155,7 +166,7 @@ def metadata(
             entry = {"src": each.path} if each.path else {"text": each.text}
             widget.append(entry | {"example_title": f"Example {i}"} | ({"output": each.output} if each.output else {}))
     data = ModelCardData(
-        library_name=facts.notes["family"] if facts.plain else None,
+        library_name="peft" if facts.adapter else facts.notes["family"] if facts.plain else None,
         pipeline_tag=facts.pipeline,
         base_model=facts.base_model,
         license=licence.get("license"),
@@ -164,10 +175,10 @@ def metadata(
         language=_language(facts, base),
         datasets=[facts.hub_data] if facts.hub_data else None,
         metrics=sorted({METRICS[name] for name in names if name in METRICS}) or None,
-        tags=["finetune-onecycle", facts.kind.replace("_", "-")],
+        tags=["finetune-onecycle", facts.kind.replace("_", "-"), *(["lora"] if facts.adapter else [])],
         model_name=repo_id.rpartition("/")[2],
         eval_results=_eval_results(facts) or None,
-        base_model_relation="finetune" if facts.base_model else None,
+        base_model_relation=("adapter" if facts.adapter else "finetune") if facts.base_model else None,
         widget=widget or None,
     )
     head = data.to_dict()

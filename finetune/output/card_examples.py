@@ -5,14 +5,16 @@ Rows of somebody's own data are published only where they are given for it, or w
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 from PIL import Image
 
 from finetune.data.images import BadImage, open_image
 from finetune.errors import RunError
 from finetune.output.card_facts import Facts
+from finetune.output.inputs import image_cell
 from finetune.output.predict import Prediction, load
 
 SIDE = 384  # pixels, at most, of an image in the repository
@@ -51,13 +53,15 @@ def examples(facts: Facts, given: Sequence[Any]) -> list[Example]:
         return []
     if not facts.plain:
         raise RunError("examples: only for models that timm or transformers loads whole; leave them out")
+    if not facts.whole.is_dir():
+        raise RunError(f"examples: need the merged model, and {facts.whole} is not there; leave them out")
     files: list[bytes | None] = [None] * len(given)
     if facts.modality == "image":
         files = [_as_jpeg(source) for source in given]
         given = [Image.open(io.BytesIO(content)) for content in files if content is not None]
     found = []
     for i, (item, content, said) in enumerate(
-        zip(given, files, load(facts.folder).predict(list(given)), strict=True), 1
+        zip(given, files, load(facts.whole).predict(list(given)), strict=True), 1
     ):
         if said.error is not None:
             raise RunError(f"examples: {str(item)[:60]!r}: {said.error}; leave it out")
@@ -82,12 +86,21 @@ def public_rows(facts: Facts) -> list[Any]:
         return []
     part = parts.get(facts.split) or next(iter(parts.values()))
     columns = facts.data.get("columns", {})
+    image = columns.get("image")
+    if image in part.data.column_names:  # as it lies there: what its path names may be anything on this machine
+        part = replace(part, data=part.data.cast_column(image, datasets.Image(decode=False)))
     roles = [columns[role] for role in ("image", "text", "text_pair") if columns.get(role) in part.data.column_names]
     rows: dict[Any, Any] = {}
     for row in part.data.select(range(min(500, len(part.data)))):
         key = str(row.get(columns.get("label"), len(rows)))
         if roles and len(rows) < MOST and key not in rows:
-            rows[key] = row[roles[0]] if len(roles) == 1 else tuple(str(row[role]) for role in roles)
+            value = row[roles[0]] if len(roles) == 1 else tuple(str(row[role]) for role in roles)
+            if image in roles:
+                cell = image_cell(row[image], part, 0)
+                if cell.error is not None:
+                    continue
+                value = cell.item
+            rows[key] = value
     return list(rows.values())
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from finetune.errors import RunError, without_secrets
 from finetune.model.fetch import read_notes
 from finetune.output.interval import Interval, of_test_rows, wilson
-from finetune.output.report import BASELINE, MAIN
+from finetune.output.report import BASELINE, MAIN, read_run
 from finetune.output.tally import Tally, Tested, baseline
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -37,7 +38,7 @@ class Facts:
     """What is known of a trained model.
 
     Attributes:
-        folder: The model folder.
+        folder: The folder of the model, or of its adapter.
         notes: Its finetune.json.
         record: The run.json in the folder above it, {} without one.
         local_data: Whether the data is known not to be on the Hub, though its name looks like it.
@@ -52,8 +53,8 @@ class Facts:
     def of(cls, folder: Path) -> "Facts":
         """Read a model folder, and, where it is that of a run, run.json in the folder above it."""
         file = folder.parent / "run.json"
-        of_a_run = folder.resolve().name == "model" and file.is_file()
-        record = json.loads(file.read_text(encoding="utf-8")) if of_a_run else {}
+        of_a_run = folder.resolve().name in ("model", "adapter") and file.is_file()
+        record = read_run(folder.parent) if of_a_run else {}
         return cls(folder, read_notes(folder), record)
 
     @property
@@ -76,6 +77,29 @@ class Facts:
         """Whether timm or transformers loads the whole model."""
         return "head" not in self.notes and self.notes["family"] in ("timm", "transformers")
 
+    @cached_property
+    def adapter(self) -> dict[str, Any]:
+        """Base and rank by its adapter_config.json; {} where the folder holds a whole model."""
+        file = self.folder / "adapter_config.json"
+        if not file.is_file():
+            return {}
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return {"base": found["base_model_name_or_path"], "rank": found["r"]}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise RunError(f"{file}: is not as peft writes it; put it back from a copy") from None
+
+    @property
+    def adapter_base(self) -> str | None:
+        """Hub id of just the weights that an adapter was trained on; None where they are a folder of that machine."""
+        base = self.adapter.get("base")
+        return base if isinstance(base, str) and base and not Path(base).is_absolute() else None
+
+    @property
+    def whole(self) -> Path:
+        """Folder of the whole model; for an adapter, the merged one beside it."""
+        return self.folder.parent / "model" if self.adapter else self.folder
+
     @property
     def pipeline(self) -> str | None:
         """The Hub's name of what the model does."""
@@ -84,7 +108,7 @@ class Facts:
     @property
     def base_model(self) -> str | None:
         """Hub id of the backbone."""
-        base = self.notes.get("base_model")
+        base = self.adapter_base if self.adapter else self.notes.get("base_model")
         return base if base and HUB_ID.fullmatch(base) else None
 
     @property
@@ -214,6 +238,6 @@ class Facts:
 
 def _without_folders(word: str) -> str:
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    value = "***" if re.fullmatch(r"hf_\w{6,}", value) else value
+    value = without_secrets(value)
     away = value.startswith(("/", "~", "..")) or re.match(r"[A-Za-z]:[\\/]", value)
     return option + equals + (re.split(r"[\\/]", value.rstrip("\\/"))[-1] if away else value)

@@ -44,7 +44,12 @@ def opening(facts: Facts, repo_id: str) -> str:
     does = DOES[facts.kind].format(unit=unit, n=len(labels), what=" and ".join(text(label, 40) for label in labels[:3]))
     rows = f" on {facts.data['counts']['train']:,} {unit}s" if facts.data else ""
     data = f" of {data_link(facts)}" if facts.data_name else ""
-    what = f"It {does}. It is {origin}, fine-tuned{rows}{data} with finetune-onecycle."
+    is_ = (
+        f"a LoRA adapter of rank {facts.adapter['rank']} for {origin}, trained"
+        if facts.adapter
+        else f"{origin}, fine-tuned"
+    )
+    what = f"It {does}. It is {is_}{rows}{data} with finetune-onecycle."
     return "\n\n".join(part for part in (f"# {text(name)}", result(facts), what) if part)
 
 

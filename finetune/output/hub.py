@@ -30,8 +30,9 @@ TRIES = 4  # of a commit, where others commit to the same place, or an answer is
 CONFLICT = (409, 412)
 # Files of a model that was in the repository before: beside another model's, loaders would take them for its own.
 _OF_A_MODEL = re.compile(
-    r"(model|head)[^/]*\.safetensors(\.index\.json)?|(pytorch_model|tf_model|flax_model)[^/]*\.(bin|h5|msgpack)(\.index\.json)?"
-    r"|(config|finetune|processor_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens"
+    r"(model|head|adapter_model)[^/]*\.safetensors(\.index\.json)?"
+    r"|(pytorch_model|tf_model|flax_model|adapter_model)[^/]*\.(bin|h5|msgpack)(\.index\.json)?"
+    r"|(config|adapter_config|finetune|processor_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens"
     r"|vocab)\.json|(vocab|merges)\.txt|chat_template\.(jinja|json)|[^/]+\.model|backbone/.*"
 )
 _SETTLED = (FinetuneError, HFValidationError)
@@ -70,6 +71,7 @@ def push_to_hub(
     create_pr: bool = False,
     examples: Sequence[Any] = (),
     dry_run: bool = False,
+    adapter: bool = False,
 ) -> str:
     """Upload the plain checkpoint in `folder` (a model folder, or the run folder around it) with its card, in a commit.
 
@@ -87,6 +89,7 @@ def push_to_hub(
         examples: Texts, pairs of texts or images that everybody may see; the card shows them with the model's answers.
             Without them, it shows rows of the data only where these are public on the Hub.
         dry_run: Send nothing and ask nobody; only say what would be sent.
+        adapter: Send the run's adapter in place of the merged model; who loads it fetches the backbone from the Hub.
 
     Returns:
         URL of the commit, or of the pull request; in a dry run, the list of files.
@@ -95,9 +98,19 @@ def push_to_hub(
         RunError: No model in the folder, no token, no permission, or the Hub cannot be reached.
     """
     folder = Path(folder)
+    if adapter and not (folder / "adapter_config.json").is_file():
+        if not (folder / "adapter" / "adapter_config.json").is_file():
+            raise RunError(f'{folder}: no adapter here; train with settings={{"lora": 8}}, or push the whole model')
+        folder = folder / "adapter"
     folder = folder / "model" if (folder / "model").is_dir() else folder
     if not read_notes(folder):
         raise RunError(f"{folder}: no model here that finetune wrote; give a run folder, or the model/ in it")
+    facts = Facts.of(folder)
+    if facts.adapter and facts.adapter_base is None and facts.notes["family"] != "module":
+        raise RunError(
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path names no repository of the Hub, and nobody "
+            "else could load the adapter; write the id there of one with the same weights, or push the whole model"
+        )
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         raise RunError(f"revision: {revision} is a commit, to which nothing can be added; give the name of a branch")
     if not commit_message.strip():
@@ -105,16 +118,15 @@ def push_to_hub(
     try:
         validate_repo_id(repo_id)
         if dry_run:
-            return _pack(Facts.of(folder), repo_id, {}, examples).listed(repo_id)
+            return _pack(facts, repo_id, {}, examples).listed(repo_id)
         if get_token() is None:
             raise RunError(
                 f"{repo_id}: no Hugging Face token; run `hf auth login`, or set HF_TOKEN to one that may write"
             )
         api = HfApi(library_name="finetune-onecycle")
         repo_id = _make_repository(api, repo_id, private, revision if not create_pr else None)
-        facts = Facts.of(folder)
         facts, public = _data_on_hub(api, facts)
-        if public and not examples and facts.plain:
+        if public and not examples and facts.plain and facts.whole.is_dir():
             from finetune.output.card_examples import public_rows
 
             examples = public_rows(facts)

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from finetune.data.checks import inside
 from finetune.data.tables import (
     IMAGE_SUFFIXES,
     LABEL_NAMES,
@@ -17,6 +18,7 @@ from finetune.data.tables import (
     find_inputs,
     listed,
     read_table,
+    whole,
 )
 from finetune.data.task import Task
 from finetune.errors import DataError
@@ -67,7 +69,8 @@ def images(inputs: Any) -> Iterator[Input]:
 
 def texts(inputs: Any) -> Iterator[Input]:
     """Yield the texts of a list, or the only one."""
-    for item in [inputs] if isinstance(inputs, str | dict | tuple) else inputs:
+    single = isinstance(inputs, str | bytes | dict | tuple) or not isinstance(inputs, Iterable)
+    for item in [inputs] if single else inputs:
         yield Input(item, item, empty(item))
 
 
@@ -103,9 +106,13 @@ def image_cell(cell: Any, part: Part, i: int) -> Input:
     name, item = part.ids[i], cell
     if isinstance(cell, dict):
         name, item = cell["path"] or name, cell["bytes"] or cell["path"]
+    reason = None if item else "nothing given"
     if isinstance(item, str) and item.strip():
-        name, item = item, Path(part.root or ".") / item.strip()
-    return Input(name, item, None if item else "nothing given")
+        name = item
+        if part.root is not None:
+            path, outside = inside(item.strip(), part.root)
+            item, reason = Path(path), outside or None
+    return Input(name, item, reason)
 
 
 def is_table(given: str | Path) -> bool:
@@ -120,6 +127,8 @@ def empty(item: Any) -> str | None:
     """Say why there is nothing to read in an item; None when there is something."""
     if item is None:
         return "nothing given"
+    if isinstance(item, bytes) or (isinstance(item, dict) and "text" not in item):
+        return "neither a text nor a pair of texts"
     blank = not item.strip() if isinstance(item, str) else isinstance(item, Sequence) and not any(item)
     return "empty text" if blank else None
 
@@ -127,12 +136,12 @@ def empty(item: Any) -> str | None:
 def pair(item: Any) -> tuple[str, str | None]:
     """A text, and the second of a pair of texts or None."""
     if isinstance(item, dict):
-        return str(item["text"]), item.get("text_pair")
-    if isinstance(item, tuple | list):
-        return str(item[0]), str(item[1]) if len(item) > 1 else None
-    return str(item), None
+        item = (item["text"], item.get("text_pair"))
+    several = isinstance(item, tuple | list)
+    first, second = (*item, None)[:2] if several else (item, None)
+    return whole(str(first)), None if second is None else whole(str(second))
 
 
 def words(item: Any) -> list[str]:
     """The words of a text that came as one string, cut at white space, or as a list."""
-    return item.split() if isinstance(item, str) else [str(word) for word in item]
+    return [whole(str(word)) for word in (item.split() if isinstance(item, str) else item)]

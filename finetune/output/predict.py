@@ -1,5 +1,6 @@
 """A saved model's folder, and images, texts or a table of them, go in; one `Prediction` for each input comes out."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,14 +10,16 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.data.images import BadImage, eval_transform, open_image, to_rgb
-from finetune.data.task import Task, predictions
+from finetune.data.images import BadImage, check_size, eval_transform, open_image, to_rgb
+from finetune.data.task import KINDS, Task, predictions
 from finetune.data.texts import tokenize
 from finetune.errors import BackboneError, RunError
 from finetune.model.backbones import linear_head, load_backbone
+from finetune.model.calls import in_a_line
 from finetune.model.fetch import Source, locate, read_notes
 from finetune.model.heads import Head
 from finetune.model.pretrained import Preprocessing, Pretrained
@@ -82,6 +85,8 @@ class Predictor:
         Raises:
             DataError: A table without rows, or without a column of images or texts.
         """
+        if batch_size < 1:
+            raise RunError(f"batch_size: {batch_size}; give a whole number of at least 1")
         found = list(named_inputs(inputs, self.task, column))
         out = [Prediction(one.name, error=one.error) for one in found]
         training = self.pretrained.model.training
@@ -101,6 +106,8 @@ class Predictor:
             good: list[tuple[int, Any, torch.Tensor]] = []
             for i, name, item in items[start : start + batch_size]:
                 try:
+                    if isinstance(item, Image.Image):
+                        check_size(item)
                     image = to_rgb(item) if isinstance(item, Image.Image) else open_image(item)
                     good.append((i, name, transform(image)))
                 except (BadImage, TypeError, ValueError, OSError) as error:
@@ -142,8 +149,14 @@ class Predictor:
 
     def _forward(self, inputs: dict[str, torch.Tensor]) -> Any:
         device = next(self.pretrained.model.parameters()).device
-        with torch.inference_mode():
-            outputs = self.pretrained.forward({name: tensor.to(device) for name, tensor in inputs.items()})
+        try:
+            with torch.inference_mode():
+                outputs = self.pretrained.forward({name: tensor.to(device) for name, tensor in inputs.items()})
+        except (RuntimeError, ValueError, IndexError) as error:  # its configuration may be wrong in any way
+            raise RunError(
+                f"{self.pretrained.name}: the model cannot be run ({in_a_line(error)}); check its files, or give a "
+                "smaller batch size where memory is short"
+            ) from error
         if isinstance(outputs, dict):
             return {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}
         return outputs.float().cpu().numpy()
@@ -193,13 +206,11 @@ def load(
         RunError: No model there, or `head` or `module` are needed and missing.
         BackboneError: The files cannot be loaded.
     """
-    path = Path(folder).expanduser()
-    if (path / "model").is_dir() and not (path / "config.json").exists():
+    path = Path(os.path.expanduser(folder))
+    if os.path.isdir(path / "model") and not os.path.exists(path / "config.json"):
         path = path / "model"
-    notes = read_notes(path) if path.is_dir() else {}
-    saved = notes.get("task")
-    task = Task(saved["kind"], saved["modality"], tuple(saved["labels"])) if saved else None
-    own_head = notes.get("head")
+    notes = read_notes(path) if os.path.isdir(path) else {}
+    task, own_head = _task(notes, path), notes.get("head")
     if own_head and own_head["linear"] and task is not None:
         head = head or linear_head(task)
     if own_head and head is None:
@@ -224,13 +235,33 @@ def load(
     return Predictor(pretrained, cast(Task, task))
 
 
+def _task(notes: dict[str, Any], path: Path) -> Task | None:
+    """The task in a finetune.json; None where there is no such file."""
+    if not notes:
+        return None
+    try:
+        told, head = notes["task"], notes.get("head")
+        task = Task(told["kind"], told["modality"], tuple(told["labels"]))
+        good = (
+            task.kind in KINDS and task.modality in ("image", "text") and all(isinstance(x, str) for x in task.labels)
+        )
+        good = good and len(set(task.labels)) == len(task.labels) > 0 and isinstance(notes["family"], str)
+        if good and (head is None or (isinstance(head["class"], str) and isinstance(head["linear"], bool))):
+            return task
+    except (KeyError, TypeError):
+        pass
+    raise RunError(
+        f"{path / 'finetune.json'}: is not as finetune writes it; give a whole model folder, or save it again"
+    )
+
+
 def _locate(path: Path, name: str, trust_remote_code: bool) -> Source:
-    if path.is_dir():
+    if os.path.isdir(path):
         return locate(str(path), trust_remote_code=trust_remote_code)
     try:
         return locate(name, trust_remote_code=trust_remote_code)
     except BackboneError as error:
-        raise RunError(f"{name}: no such folder, and no model of this name on the Hub; check the path") from error
+        raise RunError(f"{name[:200]}: no such folder, and no model of this name on the Hub; check the path") from error
 
 
 def _load_module(path: Path, notes: dict[str, Any], module: nn.Module | None, head: Head | None) -> Pretrained:
@@ -238,11 +269,11 @@ def _load_module(path: Path, notes: dict[str, Any], module: nn.Module | None, he
         raise RunError(
             f"{path}: holds weights of a module of your own; give it: load(folder, module={notes['architecture']}())"
         )
-    processor: Any
+    processor: Any  # not asked whether to run code of the folder: what is not given leads to a question at the console
     if notes.get("preprocessing", {}).get("by") == "transformers":
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(path)
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     elif "preprocessing" in notes:
         given: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in notes["preprocessing"].items() if key != "by"
@@ -251,7 +282,7 @@ def _load_module(path: Path, notes: dict[str, Any], module: nn.Module | None, he
     else:
         from transformers import AutoTokenizer
 
-        processor = AutoTokenizer.from_pretrained(path)
+        processor = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     pretrained = load_backbone(module, head=head, modality=notes["task"]["modality"], processor=processor)
     _load_tensors(pretrained.model, path / "model.safetensors")
     return pretrained
@@ -260,7 +291,7 @@ def _load_module(path: Path, notes: dict[str, Any], module: nn.Module | None, he
 def _load_tensors(module: nn.Module, file: Path) -> None:
     try:
         module.load_state_dict(load_file(file))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         raise RunError(
             f"{file}: does not fit {type(module).__name__} ({' '.join(str(error).split())}); "
             "give the module that was trained"
@@ -277,12 +308,14 @@ def task_of(source: Source) -> Task:
     if source.family == "timm":
         from finetune.model.from_timm import checkpoint_labels
 
-        classes = config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes", 0))
+        classes = config.get("num_classes", (config.get("pretrained_cfg") or {}).get("num_classes", 0))
+        if not isinstance(classes, int):
+            raise BackboneError(f"{source.folder}/config.json: num_classes is {classes!r}; save the model again")
         labels = checkpoint_labels(source) or tuple(str(i) for i in range(classes))
         if not classes or len(labels) != classes:
             raise BackboneError(f"{source.folder}: a backbone without a classifier; give the folder of a trained model")
         return Task(config.get("problem_type") or "single_label_classification", "image", labels)
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = str((config.get("architectures") or [""])[0])
     kinds = {"ForImageClassification": "image", "ForSequenceClassification": "text", "ForTokenClassification": "text"}
     modality = next((kinds[ending] for ending in kinds if architecture.endswith(ending)), None)
     if modality is None:
@@ -290,7 +323,10 @@ def task_of(source: Source) -> Task:
             f"{source.folder}: {architecture or 'a model'} has no classifier; give the folder of a trained model"
         )
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out
-    labels = tuple(names[key] for key in sorted(names, key=int))
+    try:
+        labels = tuple(str(names[key]) for key in sorted(names, key=int))
+    except ValueError:
+        raise BackboneError(f"{source.folder}/config.json: id2label is not numbered; save the model again") from None
     if architecture.endswith("ForTokenClassification"):
         return Task("token_classification", modality, labels)
     kind = config.get("problem_type") or ("regression" if len(labels) == 1 else "single_label_classification")

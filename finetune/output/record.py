@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from finetune.data.splits import Splits
 from finetune.data.task import Task, predictions
+from finetune.errors import without_secrets
 from finetune.model.pretrained import Pretrained
 from finetune.plan.settings import Settings
 from finetune.plan.stages import Plan, ResolvedPlan
@@ -41,7 +42,7 @@ def identity_of(
     return {
         "data": splits.fingerprint,
         "task": splits.task.kind,
-        "backbone": backbone,
+        "backbone": without_secrets(backbone),
         "options": asked,
         "plan": plan.to_json() if plan is not None else None,
         "seed": seed,
@@ -56,7 +57,7 @@ def starting_record(
         "schema": SCHEMA,
         "task": {"kind": splits.task.kind, "modality": splits.task.modality, "labels": list(splits.task.labels)},
         "data": {
-            "source": splits.source,
+            "source": without_secrets(splits.source),
             "counts": splits.n,
             "classes": splits.report.classes,
             "fingerprint": splits.fingerprint,
@@ -67,14 +68,14 @@ def starting_record(
             "columns": splits.report.columns,
             "warnings": list(splits.report.warnings),
         },
-        "backbone": {"name": pretrained.name, "family": pretrained.family, **pretrained.info},
+        "backbone": {"name": without_secrets(pretrained.name), "family": pretrained.family, **pretrained.info},
         "settings": settings.table(),
         "stages": [],
         "metrics": {},
         "seconds": {},
         "processes": processes,
         "seed": seed,
-        "command": " ".join(sys.argv),
+        "command": without_secrets(" ".join(sys.argv)),
         "identity": identity,
         "status": "running",
     }

@@ -8,14 +8,15 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune.errors import RunError
+from finetune.errors import FinetuneError, RunError
 from finetune.output import plots
 from finetune.output.plots import Curves, Plot
 from finetune.output.tally import Tally, Tested, baseline
@@ -48,10 +49,7 @@ def write_report(folder: Path, target: Path) -> Path:
         RunError: There is no run in the folder, or the page cannot be written.
     """
     folder, target = Path(folder), Path(target)
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder / 'run.json'}: {error}; give the folder of a run") from None
+    record = read_run(folder)
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -61,12 +59,43 @@ def write_report(folder: Path, target: Path) -> Path:
     )
     template.filters |= {"number": number, "duration": duration}
     try:
-        page = template.get_template("report.html.jinja").render(_content(folder, record))
+        with readable(folder):
+            page = template.get_template("report.html.jinja").render(_content(folder, record))
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
+        target.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise RunError(f"{target}: cannot be written ({error}); write the report to another path") from None
     return target
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of a run's run.json.
+
+    Raises:
+        RunError: There is none, or it is damaged.
+    """
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{folder / 'run.json'}: {error}; give the folder of a run") from None
+    if not isinstance(record, dict):
+        raise RunError(f"{folder / 'run.json'}: is damaged, it holds no JSON object; give the folder of a run")
+    return record
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Whatever comes of files in a run folder that somebody changed, or that a disk lost, becomes a RunError."""
+    try:
+        yield
+    except (FinetuneError, OSError):
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise RunError(
+            f"{folder}: what the run left is damaged ({type(error).__name__}: {said[:200]}); put run.json, "
+            "steps.jsonl, left_out.csv and predictions/ back from a copy"
+        ) from error
 
 
 def number(value: Any) -> str:

@@ -5,6 +5,7 @@ What stands behind `finetune predict` and `finetune evaluate`.
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from finetune.errors import DataError, RunError
 from finetune.output.inputs import is_table
 from finetune.output.interval import Interval, of_classes, of_values, wilson
 from finetune.output.predict import Prediction, Predictor
+from finetune.output.report import read_run, readable
 from finetune.train.evaluate import Evaluation, evaluate
 from finetune.train.processes import start_processes
 
@@ -57,7 +59,7 @@ def predict_all(
         reason, item = None, given
         if predictor.task.modality == "text" and not is_table(given):
             item, reason = _text(given)
-        elif is_table(given) or Path(given).is_dir():
+        elif is_table(given) or os.path.isdir(given):
             flush()
             found += predictor.predict(given, batch_size, column=column)
             continue
@@ -76,10 +78,12 @@ def _text(given: str) -> tuple[str, str | None]:
     named = len(given) < 255 and "\n" not in given and path.suffix.lower() in (".txt", *TABLE_SUFFIXES)
     if not named or (" " in given and not path.exists()):
         return given, None
+    if not os.path.exists(path):
+        return given, "file not found"
+    if not os.path.isfile(path):  # reading a pipe would wait for ever
+        return given, "not a file"
     try:
         return path.read_text(encoding="utf-8"), None
-    except FileNotFoundError:
-        return given, "file not found"
     except (OSError, UnicodeDecodeError) as error:
         return given, f"not a text file ({type(error).__name__})"
 
@@ -122,8 +126,9 @@ def write_rows(predictions: Sequence[Prediction], task: Task, out: Path | None) 
                 return _write_csv(predictions, task, file)
             for one in predictions:
                 file.write(json.dumps(dict(one), ensure_ascii=False, default=str) + "\n")
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written ({error.strerror}); give another file with --out") from None
+    except (OSError, ValueError) as error:  # the latter of a zero byte in the name
+        said = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"{out}: cannot be written ({said}); give another file with --out") from None
 
 
 def _write_csv(predictions: Sequence[Prediction], task: Task, file: TextIO) -> None:
@@ -198,6 +203,8 @@ def evaluate_on(
         RunError: The model's outputs are those of a head of its maker's own, which needs its own scores.
     """
     pretrained, task = predictor.pretrained, predictor.task
+    if batch_size < 1:
+        raise RunError(f"batch_size: {batch_size}; give a whole number of at least 1")
     if pretrained.custom_head and not pretrained.info.get("linear_head"):
         raise RunError(
             "evaluate: the head is its maker's own, and only its maker knows its scores; use load and predict"
@@ -236,8 +243,9 @@ def trained_columns(model: str) -> dict[str, str]:
     """Role -> column of the data that the model in a run folder was trained on; {} where that is not known."""
     for folder in (Path(model), Path(model).parent):
         if (folder / "run.json").is_file():
-            columns = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("data", {}).get("columns", {})
-            return {str(role): str(column) for role, column in columns.items()}
+            with readable(folder):
+                columns = read_run(folder).get("data", {}).get("columns", {})
+                return {str(role): str(column) for role, column in columns.items()}
     return {}
 
 

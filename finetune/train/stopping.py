@@ -47,7 +47,9 @@ def listening() -> Iterator[StopWish]:
             print(f"Stopping  after this step, to save it; {again} again stops at once", file=sys.stderr, flush=True)
         wish.signal = wish.signal or number
 
-    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell has Ctrl-C ignored by what runs behind it, and so it stays.
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, take) for number in heard}
     try:
         yield wish
     finally:
