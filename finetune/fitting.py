@@ -112,8 +112,16 @@ def fit(
     if isinstance(backbone, nn.Module):
         name = type(backbone).__name__
     identity = identity_of(splits, name, given, plan, seed, minutes=minutes, image_size=image_size)
-    processes.first(lambda: take(folder))
-    resuming = processes.first(lambda: open_folder(folder, identity, overwrite=overwrite, resume_anyway=resume_anyway))
+
+    def opened() -> bool:
+        take(folder)
+        try:
+            return open_folder(folder, identity, overwrite=overwrite, resume_anyway=resume_anyway)
+        except RunError:
+            release(folder)
+            raise
+
+    resuming = processes.first(opened)
 
     if not isinstance(backbone, Pretrained):
         backbone = load_backbone(backbone, splits.task, head=head, image_size=image_size, seed=seed)

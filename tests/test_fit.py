@@ -647,7 +647,7 @@ def test_a_folder_of_a_finished_run(run: Run, photos: Path, resnet: Path) -> Non
     assert refused(RunError, photos, resnet, out=run.folder, **ASKED) == (
         f"{run.folder}: holds a run that is finished; give another folder with --out, or replace it with --overwrite"
     )
-    assert (run.folder / "run.json").read_bytes() == before
+    assert (run.folder / "run.json").read_bytes() == before and not (run.folder / ".lock").exists()
 
 
 def test_a_folder_of_another_run(run: Run, photos: Path, resnet: Path) -> None:
