@@ -24,6 +24,7 @@ from finetune.data.task import default_loss
 from finetune.errors import DataError, PlanError, RunError
 from finetune.plan.settings import DIALS
 from finetune.run import Run
+from finetune.train.folder import LOCK
 from tests.tiny import vit_folder
 
 FAST: dict[str, Any] = {"epochs": 2, "batch_size": 8}
@@ -647,7 +648,7 @@ def test_a_folder_of_a_finished_run(run: Run, photos: Path, resnet: Path) -> Non
     assert refused(RunError, photos, resnet, out=run.folder, **ASKED) == (
         f"{run.folder}: holds a run that is finished; give another folder with --out, or replace it with --overwrite"
     )
-    assert (run.folder / "run.json").read_bytes() == before and not (run.folder / ".lock").exists()
+    assert (run.folder / "run.json").read_bytes() == before and not (run.folder / LOCK).exists()
 
 
 def test_a_folder_of_another_run(run: Run, photos: Path, resnet: Path) -> None:

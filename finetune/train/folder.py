@@ -17,7 +17,12 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RECORD = "run.json"
-LOCK = ".lock"
+LOCK = ".finetune-lock"  # a name that nobody else has: the folder may turn out to be somebody's data
+# What a run and the verbs on it write there.
+OURS = {
+    RECORD, "steps.jsonl", "left_out.csv", "checkpoints", "cache", "predictions", "model", "adapter", "report.html",
+    "plots", "model.onnx", "model.onnx.data",
+}  # fmt: skip
 _HELD: dict[Path, IO[str]] = {}
 
 
@@ -39,8 +44,9 @@ def open_folder(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be made ({error.strerror}); give another folder with --out") from None
+    except (OSError, ValueError) as error:  # the latter of a zero byte in the name
+        said = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"{folder}: cannot be made ({said}); give another folder with --out") from None
     if not os.access(folder, os.W_OK | os.X_OK) or not _writable(folder):
         raise RunError(f"{folder}: cannot be written to; give another folder with --out, or mend its permissions")
     content = [path for path in folder.iterdir() if not path.name.startswith(".")]
@@ -52,9 +58,11 @@ def open_folder(
         )
     try:
         record = json.loads((folder / RECORD).read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         record = {}
+    record = record if isinstance(record, dict) else {}
     before = record.get("identity", {})
+    before = before if isinstance(before, dict) else {}
     different = [
         f"{key} {_short(before.get(key))} -> {_short(value)}"
         for key, value in json.loads(json.dumps(identity)).items()
@@ -74,8 +82,14 @@ def open_folder(
         ways = ["give another folder with --out", "replace it with --overwrite"]
         ways += ["go on with it all the same with --resume-anyway"] if running else []
         raise RunError(f"{folder}: holds {what}; {', '.join(ways[:-1])}, or {ways[-1]}")
+    others = [path.name for path in content if path.name not in OURS]
+    if others:
+        raise RunError(
+            f"{folder}: beside the run there are files that are not of it ({', '.join(others[:3])}); move them out, or "
+            "give another folder with --out"
+        )
     for path in content:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return False
 
 
@@ -94,7 +108,7 @@ def take(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")
-    except OSError:
+    except (OSError, ValueError):
         return  # `open_folder` says what is wrong with it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +165,7 @@ def _finite(value: Any) -> Any:
 def _writable(folder: Path) -> bool:
     # A file system that is mounted read-only, or a full one, shows itself only in the attempt; so does any folder to
     # root.
-    probe = folder / ".write_test"
+    probe = folder / ".finetune-write-test"
     try:
         probe.write_text("")
         probe.unlink()

@@ -171,3 +171,13 @@ def test_the_record_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(KeyboardInterrupt):
             write_record(tmp_path, {"seconds": 2.5})
     assert json.loads((tmp_path / "run.json").read_text())["seconds"] == 1.5
+
+
+def test_overwrite_touches_nothing_that_is_not_of_a_run(tmp_path: Path) -> None:
+    held(tmp_path, "finished")
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert refused(tmp_path, overwrite=True) == (
+        f"{tmp_path}: beside the run there are files that are not of it (thesis.tex); move them out, or give another "
+        "folder with --out"
+    )
+    assert (tmp_path / "thesis.tex").read_text() == "precious" and (tmp_path / "run.json").exists()
