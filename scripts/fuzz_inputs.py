@@ -5,8 +5,8 @@
     python scripts/fuzz_inputs.py --only tables:17             # one, with its traceback
 
 Each input is a folder of its own and a process of its own, forked when everything is imported: it may hang (20 seconds
-of work, or 100 of waiting),
-take memory (2 GB more than before), or die, and only its own result tells of it. What it ends as:
+of work, or 100 of waiting), take memory (2 GB more than before), or die, and only its own result tells of it. What it
+ends as:
 
 - fine: the input was harmless, or is understood all the same;
 - skip: a part of it was left out, and counted;
@@ -55,7 +55,7 @@ CLASSES = ("fine", "skip", "error", "BAD")
 TOKEN = "hf_abcdefghijkl"  # how those of the command lines begin
 ADVICE = re.compile(
     r"[;?]|\b(give|check|save|mend|rename|remove|leave|fetch|make|add|update|write|invalid|required"
-    r"|must|choices|name it|name one)\b"
+    r"|must|choices|name it|name one|--help)\b|Expected|Unrecognized"
 )
 Generator = Callable[[Random, Path, Path, int], Made]
 KINDS: dict[str, tuple[Generator, int]] = {

@@ -118,7 +118,7 @@ def adapters(
         yield groups, None
         return
     _require(rank)
-    from peft import LoraConfig, LoraModel, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     model, part, base = pretrained.model, adapted_part(pretrained), base_of(pretrained)
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -128,33 +128,20 @@ def adapters(
     called = trace(model, lambda: pretrained.forward(inputs), inputs).called
     usable = {name.removeprefix(own) for name in trains.keys() - groups.fixed}
     layers = _layers(part, {name.removeprefix(own) for name in called if name.startswith(own)}, usable, modules)
-    if not layers:
-        raise PlanError(
-            f"lora={rank}: {pretrained.name} has no linear layer or plain convolution below its head that could have "
-            "an adapter; leave lora out"
-        )
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=ALPHA,
-        target_modules=list(layers),
-        fan_in_fan_out=type(part.get_submodule(layers[0])).__name__ == "Conv1D",
-    )
-    with warnings.catch_warnings(), seeded(seed):
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # where both kinds of layers are; peft sees to it
-        tuner = LoraModel(part, config, NAME)
+    with seeded(seed):
+        tuner, layers = _inject(pretrained, part, layers, rank, inputs)
     try:
-        assert set(tuner.targeted_module_names) == set(layers)
         changed = _with_adapters(groups, model, {own + name for name in layers}, whole)
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         trained = sum(size for name, size in sizes.items() if name not in changed.fixed)
-        adapter = Adapter(rank, layers, modules, trained, sum(sizes.values()), config, base)
+        adapter = Adapter(rank, layers, modules, trained, sum(sizes.values()), cast(Any, tuner.peft_config[NAME]), base)
         yield changed, adapter
         found = get_peft_model_state_dict(tuner, save_embedding_layers=False)
         # Copied, and in the usual layout: images train with the channels last, which safetensors does not take.
         for name, tensor in found.items():
             adapter.tensors[f"base_model.{name}"] = tensor.cpu().clone(memory_format=torch.contiguous_format)
     finally:
-        _merge(tuner, part)
+        _take_out(part, merge=True)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trains[name])
 
@@ -182,8 +169,62 @@ def _require(rank: int) -> None:
         raise PlanError(f'lora={rank}: peft is not installed; pip install "finetune-onecycle[lora]"')
 
 
-def _merge(tuner: "LoraModel", part: nn.Module) -> None:
-    tuner.merge_and_unload()
+def _inject(
+    pretrained: Pretrained, part: nn.Module, layers: tuple[str, ...], rank: int, inputs: dict[str, Tensor]
+) -> tuple["LoraModel", tuple[str, ...]]:
+    """Put adapters into the layers, but for those of which the network reads what peft's layers have not (the size of a
+    kernel): what holds the adapters, and the names of the layers that have one."""
+    from peft import LoraConfig, LoraModel
+
+    names = [name for name, _ in part.named_modules()]
+    while layers:
+        # A list means all names that end so; where another layer's does, an expression names them whole.
+        also = [name for name in names if name not in layers and name.endswith(tuple(f".{layer}" for layer in layers))]
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=ALPHA,
+            target_modules="|".join(map(re.escape, layers)) if also else list(layers),
+            fan_in_fan_out=type(part.get_submodule(layers[0])).__name__ == "Conv1D",
+        )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of two kinds of layers, or of experts: seen to by peft, or below
+                tuner = LoraModel(part, config, NAME)
+            left = tuple(name for name in layers if name in tuner.targeted_module_names)
+            if left == layers:
+                assert len(tuner.targeted_module_names) == len(layers)
+                trace(pretrained.model, lambda: pretrained.forward(inputs), inputs)
+                return tuner, layers
+            # Of mixtures of experts peft adapts fused weights in place of some layers: those go without.
+        except Exception as error:
+            refused = getattr(error, "obj", None)  # whose attribute it was
+            left = tuple(name for name in layers if part.get_submodule(name) is not refused)
+            if left == layers:
+                _take_out(part, merge=False)
+                said = f"{type(error).__name__}: {str(error)[:120]}"
+                raise PlanError(
+                    f"lora={rank}: {pretrained.name} cannot be run with adapters ({said}); leave lora out"
+                ) from error
+        _take_out(part, merge=False)
+        layers = left
+    raise PlanError(
+        f"lora={rank}: {pretrained.name} has no linear layer or plain convolution below its head that could have an "
+        "adapter; leave lora out"
+    )
+
+
+def _take_out(part: nn.Module, *, merge: bool) -> None:
+    """Make the network plain again. peft's own way to do so takes any module that has a `base_layer` for an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    done: tuple[str, ...] = ()
+    for name, layer in list(part.named_modules()):
+        if isinstance(layer, BaseTunerLayer) and not name.startswith(done):
+            if merge:
+                layer.merge()
+            around, _, last = name.rpartition(".")
+            setattr(part.get_submodule(around), last, layer.get_base_layer())
+            done += (f"{name}.",)
     part.__dict__.pop("peft_config", None)
 
 
@@ -194,7 +235,10 @@ def _modules(part: nn.Module, names: set[str], rank: int) -> tuple[str, ...]:
     for name, module in part.named_modules():  # outer ones come first
         held = {f"{name}.{key}" for key, _ in module.named_parameters()}
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if name and held and held <= names and not inside and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        # peft saves whole what is called so, and all whose names end so: a head in a head it would take twice.
+        twice = any(key and f"{name}.{key}".endswith(name) for key, _ in module.named_modules())
+        usable = not twice and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        if name and held and held <= names and not inside and usable:
             found.append(name)
             left -= held
     if left:

@@ -69,7 +69,8 @@ def _write(adapter: Adapter, pretrained: Pretrained, task: Task, model: Path, fo
         modules_to_save=list(adapter.whole) or None,
         inference_mode=True,
     )
-    config.target_modules = sorted(adapter.config.target_modules or ())  # a set would be written in any order
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules or ())  # a set would be written in any order
     config.save_pretrained(str(folder))
     whole = _whole(adapted_part(pretrained), [*adapter.whole, *(HEADS if text else ())])
     save_file(adapter.tensors | whole, folder / WEIGHTS, metadata={"format": "pt"})

@@ -93,7 +93,8 @@ def rows(predictions: Iterable[Prediction], task: Task) -> Iterator[dict[str, An
     for one in predictions:
         name = one.input
         pair = tuple(name.values()) if isinstance(name, dict) else name if isinstance(name, tuple) else (name,)
-        name = pair[0] if not isinstance(pair[0], list) else " ".join(map(str, pair[0]))
+        first = pair[0] if pair else ""
+        name = first if not isinstance(first, list) else " ".join(map(str, first))
         row: dict[str, Any] = {"input": name}
         row |= {"input_pair": pair[1]} if len(pair) > 1 else {}
         row |= _answer(one, task) if one.error is None else {}

@@ -242,6 +242,9 @@ def choose_settings(
     unknown = sorted(set(given) - set(DIALS))
     if unknown:
         raise PlanError(f"settings: no dial named {', '.join(unknown)}; there are {', '.join(DIALS)}")
+    endless = next((name for name, value in given.items() if isinstance(value, float) and math.isinf(value)), None)
+    if endless is not None:
+        raise PlanError(f"{endless}={given[endless]}: must be a finite number")
     rows = max(1, rows)
     chosen = {name: (*by_modality[modality], "rule") for name, by_modality in DEFAULTS.items()}
     batch = _batch_size(rows)

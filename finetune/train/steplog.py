@@ -121,4 +121,4 @@ class StepLog:
 def cut(path: Path, steps: int) -> None:
     """Keep the first lines of a log, one a step; what lies behind was never part of a checkpoint."""
     if path.exists():
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:steps]))
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:steps]))  # also where it is damaged

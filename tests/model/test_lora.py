@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2Model
+from transformers import DeepseekV2Config, DeepseekV2ForSequenceClassification, GPT2Config, GPT2Model
 
 from finetune.data.task import Task
 from finetune.errors import PlanError
@@ -189,6 +189,7 @@ class Odd(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.dilated = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+        self.asked = nn.Conv2d(8, 8, 3)  # of its kernel, which peft's layer does not tell
         self.reflecting = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
         self.spectral = nn.utils.spectral_norm(nn.Linear(8, 8))  # computes its weight before each call
@@ -201,7 +202,8 @@ class Odd(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.reflecting(self.dilated(self.grouped(self.stem(x)))).mean((2, 3))[:, None]
+        x = nn.functional.pad(self.grouped(self.stem(x)), (self.asked.kernel_size[0] // 2,) * 4)
+        y = self.reflecting(self.dilated(self.asked(x))).mean((2, 3))[:, None]
         y = self.attention(self.off(self.spectral(self.normed(y))), y, y)[0]
         y = self.tie(torch.relu(self.tied(y)))
         y = nn.functional.linear(y, self.read.weight)  # past the layer, so past an adapter in it
@@ -234,6 +236,55 @@ def test_names_that_peft_takes_for_a_head_are_left_alone() -> None:
         made.add_module(name, nn.Linear(width, 8))
     with adapted(module(made, "head.")) as (_, _groups, adapter):
         assert adapter.layers == ("first",) and adapter.whole == ("head",)
+
+
+class Named(nn.Module):
+    """Names that say little: two layers called alike, a head in a head, and a module called as peft calls its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.base_layer = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+        self.block = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3, groups=8), "fc": nn.Linear(8, 8)})
+        self.head = nn.Sequential()
+        self.head.add_module("norm", nn.LayerNorm(8))
+        self.head.add_module("head", nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block["conv"](self.conv(x)).mean((2, 3))
+        return self.head(self.base_layer(self.block["fc"](y)))
+
+
+def test_names_that_say_little() -> None:
+    made, again = Named(), Named()
+    again.load_state_dict(made.state_dict())
+    pretrained = module(made, "head.")
+    with adapted(pretrained) as (_, groups, adapter):
+        assert adapter.layers == ("conv", "base_layer", "block.fc") and adapter.whole == ("head.norm", "head.head")
+        assert isinstance(adapter.config.target_modules, str)
+        train(pretrained, groups, open_from=0)
+        trained = outputs(pretrained)
+    assert torch.allclose(outputs(pretrained), trained, atol=1e-5) and type(made.base_layer) is nn.Linear
+    loaded = peft.get_peft_model(again, adapter.config)
+    assert set(loaded.targeted_module_names) == set(adapter.layers)
+
+
+def test_experts_keep_their_weights() -> None:
+    """peft would adapt them, fused, in place of what runs beside them."""
+    config = DeepseekV2Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=2, num_experts_per_tok=1, n_shared_experts=1,
+        first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        topk_method="greedy", pad_token_id=0, num_labels=3,
+    )  # fmt: skip
+    made = DeepseekV2ForSequenceClassification(config)
+    new = frozenset(name for name, _ in made.named_parameters() if name.startswith("score"))
+    pretrained = Pretrained(made, tokenizer(), "transformers", "experts", new, "text")
+    with adapted(pretrained) as (_, groups, adapter):
+        assert "model.layers.0.self_attn.o_proj" in adapter.layers
+        assert not any("experts" in name for name in adapter.layers)
+        train(pretrained, groups, open_from=0)
+        trained = outputs(pretrained)
+    assert torch.allclose(outputs(pretrained), trained, atol=1e-5)
 
 
 def test_a_head_of_ones_own(folders: dict[str, Path]) -> None:
@@ -354,3 +405,22 @@ def test_what_cannot_have_adapters() -> None:
         "lora=4: scale trains whole, but lies in no module of its own, which is what an adapter can hold; "
         "leave lora out"
     )
+
+
+class Strict(Scaled):
+    """Runs only with the layers that it was made of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(self.body) is not nn.Linear:
+            raise TypeError("not a layer of mine")
+        return self.head(torch.relu(self.body(x.mean((1, 2)))))
+
+
+def test_a_network_that_refuses_adapters() -> None:
+    made = Strict()
+    with pytest.raises(PlanError) as caught, adapted(module(made, "head.")):
+        pass
+    assert str(caught.value) == (
+        "lora=4: odd cannot be run with adapters (TypeError: not a layer of mine); leave lora out"
+    )
+    assert type(made.body) is nn.Linear and not hasattr(made, "peft_config")
