@@ -24,6 +24,10 @@ def cli(main: Callable[..., Any]) -> None:
         if isinstance(stream, TextIOWrapper):  # a console may lack a letter of a file's name, or of a class
             stream.reconfigure(errors="backslashreplace")
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not {"-h", "--help"} & set(sys.argv):
+            from finetune.train.processes import start_processes
+
+            start_processes()  # before the data is looked at, so that each looks at its share
         tyro.cli(main, console_outputs=first and not secret)
     except SystemExit as ended:
         if ended.code == 2 and secret and first:

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from torch import distributed as dist
 
 from finetune.data.images import BadImage, open_image, pixel_key, quiet
 from finetune.data.labels import as_list, as_number, is_missing
@@ -159,7 +161,10 @@ def blank_cells(cells: Sequence[Sequence[Any]]) -> list[int]:
 
 
 def scan_images(part: Part, column: str, found: Scan) -> Part:
-    """Decode every image of a part in a thread pool; note its pixel hash, or what is wrong with it."""
+    """Decode every image of a part in a thread pool; note its pixel hash, or what is wrong with it.
+
+    Processes that have joined each look at their share, and tell each other.
+    """
     data = part.data
     own_paths = isinstance(data.features[column], datasets.Image)
     if own_paths:
@@ -186,13 +191,21 @@ def scan_images(part: Part, column: str, found: Scan) -> Part:
         except BadImage as error:
             return "", str(error)
 
+    joined = dist.is_available() and dist.is_initialized()
+    rank, count = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    seen: list[tuple[int, str, str]] = []
     with quiet(), ThreadPoolExecutor(usable_cores()) as pool:
-        for start in range(0, len(data), CHUNK):
+        for start in range(rank * CHUNK, len(data), count * CHUNK):
             batch = [row for row in range(start, min(start + CHUNK, len(data))) if row not in found.reasons]
-            for row, (key, reason) in zip(batch, pool.map(read, data.select(batch)[column][:]), strict=True):
-                found.keys[row] = key
-                if reason:
-                    found.reasons[row] = reason if part.root is None else name_file(reason, data, column, row, part)
+            results = pool.map(read, data.select(batch)[column][:])
+            seen += [(row, key, reason) for row, (key, reason) in zip(batch, results, strict=True)]
+    everyone: list[Any] = [seen] * count
+    if joined:
+        dist.all_gather_object(everyone, seen)
+    for row, key, reason in sorted(chain.from_iterable(everyone)):
+        found.keys[row] = key
+        if reason:
+            found.reasons[row] = reason if part.root is None else name_file(reason, data, column, row, part)
     return replace(part, data=data)
 
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from finetune.data.decoded import DecodedCache
+from finetune.data.shards import is_member, is_remote, read_member
 
 if TYPE_CHECKING:
     from finetune.model.pretrained import Preprocessing
@@ -55,12 +56,17 @@ def open_image(source: str | Path | bytes, size: tuple[int, int] | None = None) 
     """Read an image fully as RGB, upright by its EXIF tag, transparency over white, 16-bit grey scaled to 8.
 
     Args:
-        source: Path, or the file's bytes.
+        source: Path, place in a shard, or the file's bytes.
         size: (H, W) at least needed: a much larger JPEG is then decoded at 1/2, 1/4 or 1/8, which is faster.
 
     Raises:
         BadImage: Missing, empty, not an image, damaged, too large, or a line.
     """
+    if is_member(source):
+        try:
+            source = read_member(str(source))
+        except OSError as error:
+            raise BadImage(f"cannot be read ({error.strerror or error})") from None
     if not isinstance(source, bytes) and not os.path.isfile(source):  # of a pipe, opening would wait for ever
         raise BadImage("file not found")
     try:
@@ -122,6 +128,7 @@ def pixels_for_crops(source: str | Path | bytes, size: tuple[int, int]) -> int:
     """Number of pixels of what `open_for_crops` will give, from the header alone; 0 if that cannot be read."""
     side = 2 * max(size)
     try:
+        source = read_member(str(source)) if is_member(source) else source
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             draft(image, side)
             return math.prod(shrunk(image.size, side))
@@ -274,8 +281,9 @@ class ImageInputs:
         self.eval = None if augment else eval_transform(pre) if self.floats else eval_picture(pre)
         key = f"{'crops' if augment else 'evaluation'} {data._fingerprint} {pre!r}"
         dtype = np.float32 if self.floats else np.uint8
+        far = self.paths is not None and is_remote(self.paths[0])  # to ask for every size would read all once more
         with quiet():
-            self.shelf = None if cache is None else cache.shelf(key, len(data), self.room, dtype)
+            self.shelf = None if cache is None or far else cache.shelf(key, len(data), self.room, dtype)
 
     def __call__(self, rows: list[int]) -> dict[str, Tensor]:
         """Read, transform and stack the images of `rows`."""

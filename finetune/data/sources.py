@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import datasets
 import huggingface_hub
 
+from finetune.data.shards import find_shards, is_shards, read_shards, split_shards
 from finetune.data.splits import Splits, build
 from finetune.data.tables import IMAGE_SUFFIXES, TABLE_SUFFIXES, Part, find_roles, read_table
 from finetune.errors import DataError
@@ -41,13 +42,17 @@ def load_images(
     Args:
         data: Folder with one sub-folder a class; or with train/, valid/ and test/ of such folders; or with
             metadata.csv (file_name and label columns), or train.csv and test.csv with image paths; a table with image
-            paths; a Dataset or DatasetDict, also saved to disk; the name of a Hub data set, "owner/name[:config]".
+            paths; a Dataset or DatasetDict, also saved to disk; the name of a Hub data set, "owner/name[:config]";
+            WebDataset shards, which stay where they are: a folder of .tar files, a pattern or range of their paths
+            or URLs ("hf://datasets/owner/name/train-{0000..0099}.tar").
         test: Data to test on, of the same kinds; by default what `data` holds under that name, if anything.
         valid: Data to validate on; by default what `data` holds, or else drawn from train.
         label: Column with the label, or several columns of 0/1 or of numbers; by default, found by its name.
         task: "single_label", "multi_label" or "regression"; by default, told from the labels.
         image: Column with the image; by default, found.
         seed: Of the drawn validation split.
+
+    Processes that have joined (`accelerate launch`) read a share each, so all of them have to call this.
 
     Raises:
         DataError: The data cannot be trained on; the text names the file, row or column, and the mend.
@@ -172,11 +177,14 @@ def read(data: Source) -> dict[str, Part]:
     if not isinstance(data, str | Path):
         raise DataError(
             f"data: a {type(data).__name__} cannot be read; give a path, a Hub name, a Dataset or a DatasetDict"
+            + ("; what streams can be kept as WebDataset shards" * isinstance(data, datasets.IterableDataset))
         )
     if not str(data).strip() or not is_utf8(str(data)):
         raise DataError(f"data: {str(data)!r} is no path that can be used; give one whose name is UTF-8")
     try:
         path = Path(os.path.expanduser(data))
+        if is_shards(str(data)):
+            return {"train": read_shards(find_shards(os.path.expanduser(str(data))), str(data))}
         if path.is_file():
             return {"train": read_table(path)}
         if path.is_dir():
@@ -233,6 +241,9 @@ def read_folder(folder: Path) -> dict[str, Part]:
     tables = split_tables(folder)
     if "train" in tables:
         return {name: read_table(path) for name, path in tables.items()}
+    shards = split_shards(folder, SPLIT_NAMES)
+    if shards and not class_folders(folder):
+        return {name: read_shards(files, f"{folder} ({name})") for name, files in shards.items()}
     folders = split_folders(folder)
     if "train" in folders:
         parts = {"train": read_images(folders["train"], folder)}

@@ -20,6 +20,7 @@ from finetune.data.checks import (
 )
 from finetune.data.draw import draw
 from finetune.data.labels import as_list, classes_of, count_classes, encode_cell, make_task, multi_hot, tags
+from finetune.data.shards import is_member, is_remote, read_member
 from finetune.data.tables import Part, Roles
 from finetune.data.task import Task
 from finetune.errors import DataError
@@ -66,9 +67,13 @@ class Splits:
 
 
 def image_digest(cell: dict[str, Any]) -> str:
-    """Hash of an image's bytes, wherever they lie."""
+    """Hash of an image's bytes; of its name, place and size where reading it goes over a network."""
     content = cell["bytes"]
-    if content is None:
+    if is_remote(cell["path"]) and content is None:
+        content = cell["path"].encode()
+    elif is_member(cell["path"]) and content is None:
+        content = read_member(cell["path"])
+    elif content is None:
         with open(cell["path"], "rb") as file:
             content = file.read()
     return sha256(content).hexdigest()

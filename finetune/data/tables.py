@@ -26,6 +26,7 @@ LABEL_NAMES = (
     "label labels target targets class category sentiment intent emotion score rating stars y tags ner_tags".split()
 )
 ROW_NAMES = frozenset(("", "id", "idx", "index", "guid", "uid", "unnamed: 0", "__index_level_0__"))
+MOST_LISTED = 30  # columns in an error
 Record: TypeAlias = tuple[int, int, list[str]]  # first line, last line, cells
 
 
@@ -293,12 +294,10 @@ def find_roles(
 
 def find_inputs(part: Part, names: list[str], modality: str | None, labels: tuple[str, ...]) -> dict[str, str]:
     """Find the input columns among `names`; empty where nothing fits."""
-    sample = part.data.select(range(min(50, len(part.data))))
-    values = {
-        name: [cell for cell in sample[name][:] if cell not in (None, "")]
-        for name in names
-        if not isinstance(part.data.features[name], datasets.Image)
-    }
+    features = part.data.features  # once, and all cells at once: `datasets` copies them all for each column
+    plain = [name for name in names if not isinstance(features[name], datasets.Image)]
+    cells = part.data.select_columns(plain)[: min(50, len(part.data))]
+    values = {name: [cell for cell in cells[name] if cell not in (None, "")] for name in plain}
     lower = {name.lower(): name for name in reversed(names)}
     images = [name for name in names if name not in values]
     paths = [name for name, cells in values.items() if cells and all(is_image_path(cell) for cell in cells)]
@@ -332,12 +331,14 @@ def is_image_path(cell: Any) -> bool:
 
 def listed(part: Part) -> str:
     """Describe the columns with a value of each, for errors."""
-    first = part.data[0] if len(part.data) else {}
+    first, features = part.data[0] if len(part.data) else {}, part.data.features
 
     def shown(name: str) -> str:
-        if isinstance(part.data.features[name], datasets.Image):
+        if isinstance(features[name], datasets.Image):
             return f"{name} (image)"
         value = repr(first.get(name))
         return f"{name} ({value if len(value) <= 30 else value[:27] + '…'})"
 
-    return "the columns are " + ", ".join(shown(name) for name in part.data.column_names)
+    names = part.data.column_names
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return "the columns are " + ", ".join(shown(name) for name in names[:MOST_LISTED]) + more

@@ -9,6 +9,7 @@ import datasets
 from PIL import Image
 
 from finetune.data.checks import inside
+from finetune.data.shards import find_shards, is_member, is_shards, read_shards
 from finetune.data.tables import (
     IMAGE_SUFFIXES,
     LABEL_NAMES,
@@ -44,6 +45,8 @@ def named_inputs(inputs: Any, task: Task, column: str | None = None) -> Iterator
         return rows(part, task, column)
     if isinstance(inputs, str | Path) and is_table(inputs):
         return rows(read_table(Path(inputs)), task, column)
+    if isinstance(inputs, str) and is_shards(inputs):
+        return rows(read_shards(find_shards(inputs), inputs), task, column)
     return images(inputs) if task.modality == "image" else texts(inputs)
 
 
@@ -105,9 +108,10 @@ def image_cell(cell: Any, part: Part, i: int) -> Input:
     """Read an image cell: a path, which is relative to the table, or {"path", "bytes"}."""
     name, item = part.ids[i], cell
     if isinstance(cell, dict):
-        name, item = cell["path"] or name, cell["bytes"] or cell["path"]
+        item = cell["bytes"] or cell["path"]
+        name = name if is_member(item) else cell["path"] or name
     reason = None if item else "nothing given"
-    if isinstance(item, str) and item.strip():
+    if isinstance(item, str) and item.strip() and not is_member(item):
         name = item
         if part.root is not None:
             path, outside = inside(item.strip(), part.root)

@@ -6,6 +6,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from finetune.data import checks
 from finetune.data.checks import DataReport, LeftOut
 from finetune.data.sources import load_images, load_table
 from finetune.errors import DataError
@@ -229,3 +230,33 @@ def test_report_in_words_and_as_csv(table: Make, tmp_path: Path):
     report.left_out_csv(tmp_path / "left_out.csv")
     with (tmp_path / "left_out.csv").open() as file:
         assert list(csv.reader(file)) == [["id", "split", "reason"], ["reviews.csv:23", "train", "no label in 'label'"]]
+
+
+def test_joined_processes_read_a_share_each(folder: Make, monkeypatch: pytest.MonkeyPatch):
+    root = folder(cat=6, dog=6)
+    (root / "cat" / "empty.jpg").write_bytes(b"")
+    alone = load_images(root)
+    looks: list[list[tuple[int, str, str]]] = []
+    real, opened = checks.open_image, []
+
+    def counted(source: str) -> Image.Image:
+        opened.append(source)
+        return real(source)
+
+    class Joined:
+        def __init__(self, rank: int):
+            self.get_rank, self.get_world_size = lambda: rank, lambda: 2
+            self.is_available = self.is_initialized = lambda: True
+
+        def all_gather_object(self, everyone: list[object], own: list[tuple[int, str, str]]) -> None:
+            looks.append(own)
+            everyone[:] = [looks[0], own]
+
+    monkeypatch.setattr(checks, "CHUNK", 4)
+    monkeypatch.setattr(checks, "open_image", counted)
+    monkeypatch.setattr(checks, "dist", Joined(0))
+    load_images(root)  # the other half has not been looked at
+    monkeypatch.setattr(checks, "dist", Joined(1))
+    both = load_images(root)
+    assert [len(look) for look in looks] == [8, 5] and len(set(opened)) == 13
+    assert both.fingerprint == alone.fingerprint and both.report == alone.report
