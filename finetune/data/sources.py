@@ -127,7 +127,7 @@ def load(data: Source, valid: Source | None, test: Source | None, task: str | No
     own = set(parts)
     for name, source in (("valid", valid), ("test", test)):
         if source is not None:
-            found = read(source)
+            found = read(source, name)
             parts[name] = found.get(name) or found.get("train") or next(iter(found.values()))
             own.discard(name)
     found_roles = find_roles(parts["train"], **roles)
@@ -164,8 +164,8 @@ def shown(data: Source) -> str:
 # Reading
 
 
-def read(data: Source) -> dict[str, Part]:
-    """Read any kind of source into parts named "train", "valid" and "test".
+def read(data: Source, option: str = "data") -> dict[str, Part]:
+    """Read any kind of source, given by this option, into parts named "train", "valid" and "test".
 
     Raises:
         DataError: There is nothing there, or nothing that can be read.
@@ -176,11 +176,11 @@ def read(data: Source) -> dict[str, Part]:
         return of_datasets({"train": data})
     if not isinstance(data, str | Path):
         raise DataError(
-            f"data: a {type(data).__name__} cannot be read; give a path, a Hub name, a Dataset or a DatasetDict"
+            f"{option}: a {type(data).__name__} cannot be read; give a path, a Hub name, a Dataset or a DatasetDict"
             + ("; what streams can be kept as WebDataset shards" * isinstance(data, datasets.IterableDataset))
         )
     if not str(data).strip() or not is_utf8(str(data)):
-        raise DataError(f"data: {str(data)!r} is no path that can be used; give one whose name is UTF-8")
+        raise DataError(f"{option}: {str(data)!r} is no path that can be used; give one whose name is UTF-8")
     try:
         path = Path(os.path.expanduser(data))
         if is_shards(str(data)):
