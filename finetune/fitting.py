@@ -1,40 +1,35 @@
 """The whole line on one page: data, backbone and choices go in, a trained `Run` comes out."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from finetune.data.loaders import epoch_order, make_loader
+from finetune.console import Console
 from finetune.data.sources import load_dataset
 from finetune.data.splits import Splits
-from finetune.data.task import default_loss
 from finetune.errors import DataError, PlanError, RunError
-from finetune.model.backbones import load_backbone
-from finetune.model.convex import linear_head_name
-from finetune.model.groups import LayerGroups, layer_groups
+from finetune.model.groups import LayerGroups
 from finetune.model.heads import Head
-from finetune.model.lora import adapters
-from finetune.model.outputs import scale_outputs, scaled_loss, target_scale
+from finetune.model.outputs import scale_outputs
 from finetune.model.pretrained import Pretrained
 from finetune.model.sharding import put_back
 from finetune.output.adapter import save_adapter, write_card
 from finetune.output.export import save_pretrained
 from finetune.output.record import describe_run, identity_of, starting_record, test_predictions, versions
-from finetune.plan.probes import epochs_in, seconds_per_step
-from finetune.plan.rates import geometric_rates
-from finetune.plan.settings import Settings, choose_settings, for_adapters, from_solved_head
+from finetune.output.summary import result_lines
 from finetune.plan.stages import Plan
+from finetune.preparing import data_lines, prepare
 from finetune.run import Run
 from finetune.train.evaluate import Loss, Metrics
 from finetune.train.folder import open_folder, read_record, release, take, write_record
-from finetune.train.processes import Processes, native_precision, start_processes
-from finetune.train.trainer import Trainer, steps_per_epoch
+from finetune.train.processes import start_processes
+from finetune.train.trackers import Trackers, check_names, described
+from finetune.train.trainer import Trainer
 
 
 def fit(
@@ -56,6 +51,7 @@ def fit(
     seed: int = 0,
     save_minutes: float = 1.0,
     save_steps: int | None = None,
+    trackers: str | Sequence[str] | None = None,
     overwrite: bool = False,
     resume_anyway: bool = False,
 ) -> Run:
@@ -82,6 +78,8 @@ def fit(
         save_minutes: Time between checkpoints, of which the last two are kept until the run ends; more of it where
             they would take more than a twentieth of the time.
         save_steps: Optimizer steps between checkpoints, in addition.
+        trackers: "tensorboard", "trackio", "wandb" or another tracker that accelerate knows, or several; see
+            `finetune.train.trackers`.
         overwrite: Replace another run in `out`.
         resume_anyway: Go on with an unfinished run in `out` that was begun with other data or options.
 
@@ -97,14 +95,15 @@ def fit(
     if minutes is not None and (plan is not None or epochs is not None or "epochs" in (settings or {})):
         raise PlanError("minutes: sets the number of epochs, which epochs= or plan= set too; give one of them")
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, **(settings or {})}
+    tracked = check_names(trackers)
     processes = start_processes()
     if minutes is not None and processes.sharded:
         raise PlanError("minutes: is measured on one device, and this model is spread over several; give epochs")
-    say = print if processes.is_main else _silent
+    say = Console(silent=not processes.is_main)
 
     splits = data if isinstance(data, Splits) else load_dataset(data, seed=seed)
-    for number, line in enumerate(splits.report.lines()):
-        say(f"{'Data' if number == 0 else '':<9} {line}")
+    for line in data_lines(splits):
+        say(line)
     folder = Path(out)
     if isinstance(backbone, Pretrained) and (head is not None or image_size is not None):
         raise DataError("fit: a loaded backbone has its head and image size already; give them to load_backbone")
@@ -123,77 +122,41 @@ def fit(
 
     resuming = processes.first(opened)
 
-    if not isinstance(backbone, Pretrained):
-        backbone = load_backbone(backbone, splits.task, head=head, image_size=image_size, seed=seed)
-    pretrained = backbone
-    if not processes.sharded:  # the parts of one that is go to the device instead
-        pretrained.model.to(processes.device)
-    groups = groups if groups is not None else layer_groups(pretrained)
-    weights = sum(group.size for group in groups)
-    say(f"Backbone  {name}, {weights / 1e6:.3g} M parameters, {len(groups)} layer groups")
-
-    loss_function = loss if loss is not None else default_loss(splits.task)
-    scale = target_scale(splits.train["target"][:]) if loss is None and splits.task.kind == "regression" else None
-    if scale is not None:
-        loss_function = scaled_loss(scale[1])
-    chosen = choose_settings(
-        splits.task.modality, len(splits.train), precision=native_precision(pretrained.model), given=given
-    )
-    processes = replace(processes, precision=chosen.precision)
-    sample = _sample(pretrained, splits)
-    layer, reason = _solvable(pretrained, groups, sample, chosen, loss, plan)
-    if layer is None:
-        chosen = chosen.changed(reason, by="rule", solve_head=False)
-    elif plan is None:
-        chosen = from_solved_head(chosen, splits.task.modality, len(splits.train))
-    chosen = for_adapters(chosen)
-    with adapters(pretrained, groups, chosen.lora, sample, seed=seed) as (groups, adapter):
-        if adapter is not None:
-            say(f"Adapters  {adapter}")
-        setup_seconds = time.monotonic() - started
-        if minutes is not None and resuming:  # a resumed run keeps the length that it began with
-            before = read_record(folder)["settings"]
-            dials = {
-                dial: before[dial]["value"] for dial in ("epochs", "head_epochs") if before[dial]["by"] == "measured"
-            }
-            chosen = chosen.changed("measured when the run began", **dials)
-        elif minutes is not None:
-            left = 60.0 * minutes - setup_seconds
-            chosen = _fit_into(left, chosen, pretrained, splits, groups, loss_function, processes)
-        per_epoch = steps_per_epoch(len(splits.train), chosen.batch_size)
-        rates = geometric_rates(len(groups), chosen.lr, chosen.span)
-        resolved = (plan if plan is not None else chosen.default_plan(len(groups))).resolve(groups, rates, per_epoch)
-        probe_seconds = time.monotonic() - started - setup_seconds
-        say(
-            f"Chosen    peak rate {chosen.lr:.2g} head -> {rates[0]:.2g} stem, {chosen.epochs:g} epochs, "
-            f"batch {chosen.batch_size}, {chosen.precision} on {processes.device.type}"
-        )
-        for number, line in enumerate(str(resolved).splitlines()):
-            say(f"{'Plan' if number == 0 else '':<9} {line}")
-
+    setup_began = time.monotonic() - started
+    with ExitStack() as stack:
+        ready = prepare(
+            splits, backbone, processes, stack, given=given, head=head, loss=loss, plan=plan, groups=groups,
+            minutes=minutes, image_size=image_size, seed=seed, started=started, say=say,
+            before=read_record(folder)["settings"] if resuming else None,
+        )  # fmt: skip
+        pretrained, groups, adapter, processes = ready.pretrained, ready.groups, ready.adapter, ready.processes
         trained = processes.shard(pretrained, groups)
+        record = starting_record(splits, pretrained, ready.settings, identity, processes.count, seed)
+        curves = Trackers(tracked if processes.is_main else (), folder, say, described(record))
+        stack.callback(curves.close)
         trainer = Trainer(
             trained,
             splits,
             groups,
-            resolved,
-            chosen,
+            ready.plan,
+            ready.settings,
             folder=folder,
-            loss=loss_function,
+            loss=ready.loss,
             processes=processes,
             seed=seed,
             own_metrics=metrics,
-            solvable=layer,
+            solvable=ready.solvable,
             save_minutes=save_minutes,
             save_steps=save_steps,
             say=say,
+            bar=say.step,
+            trackers=curves,
         )
-        record = starting_record(splits, pretrained, chosen, identity, processes.count, seed)
         if processes.is_main:
             write_record(folder, record)
             splits.report.left_out_csv(folder / "left_out.csv")
         test, began = None, time.monotonic()
-        unscale = scale_outputs(trained, *scale) if scale is not None else None
+        unscale = scale_outputs(trained, *ready.scale) if ready.scale is not None else None
         try:
             pretrained.info["trained"] = True  # and so has other weights than those of its name from here on
             outcome = trainer.run()
@@ -202,7 +165,9 @@ def fit(
                 say(f"Stopped   {outcome.why}; the weights of {outcome.kept} are kept")
             if splits.test is not None:
                 test = trainer.evaluate(splits.test)
+                curves.log("test", test.metrics, trainer.progress.step)
         finally:
+            say.close()
             if unscale is not None:  # also after Ctrl-C: in a notebook the same model may be given again
                 unscale()
         if processes.sharded:
@@ -222,8 +187,8 @@ def fit(
             ) from None
     seconds = {
         "total": time.monotonic() - started,
-        "setup": setup_seconds,
-        "probes": probe_seconds,
+        "setup": setup_began + ready.setup_seconds,
+        "probes": ready.probe_seconds,
         "head": trainer.head_seconds,
         "train": train_seconds,
         "evaluate": trainer.evaluate_seconds,
@@ -240,81 +205,6 @@ def fit(
         trainer.drop_checkpoints()
         release(folder)
     processes.wait()
-    for line in _result_lines(record, folder):
+    for line in result_lines(record, folder):
         say(line)
     return Run(folder, record, pretrained, splits.task, outcome.history, processes.is_main)
-
-
-def _solvable(
-    pretrained: Pretrained,
-    groups: LayerGroups,
-    sample: dict[str, torch.Tensor],
-    settings: Settings,
-    loss: Loss | None,
-    plan: Plan | None,
-) -> tuple[str | None, str]:
-    """The linear layer whose optimum training starts from, or None and why it does not."""
-    asked = settings.reasons["solve_head"][1] == "user"
-    if not settings.solve_head:
-        return None, settings.reasons["solve_head"][0]
-    if loss is not None:
-        return None, "a loss of one's own is trained by gradients"
-    if not asked and (plan is not None or settings.reasons["head_epochs"][1] == "user"):
-        return None, "the user gives the head a stage of its own"
-    return linear_head_name(pretrained, groups, sample)
-
-
-def _sample(pretrained: Pretrained, splits: Splits) -> dict[str, torch.Tensor]:
-    """Inputs of two training rows, on the model's device."""
-    loader = make_loader(splits.train, splits.task, pretrained.processor, [[0, len(splits.train) - 1]], train=False)
-    return next(iter(loader)).to(next(pretrained.model.parameters()).device).inputs
-
-
-def _fit_into(
-    seconds: float,
-    settings: Settings,
-    pretrained: Pretrained,
-    splits: Splits,
-    groups: LayerGroups,
-    loss: Loss,
-    processes: Processes,
-) -> Settings:
-    """Settings whose epochs fill the time, a quarter of them for the head unless the user gave its length."""
-    rows = epoch_order(len(splits.train), settings.batch_size, seed=0, epoch=0)[0]
-    batch = next(iter(make_loader(splits.train, splits.task, pretrained.processor, [rows], train=True, workers=0)))
-    full, head = (
-        seconds_per_step(pretrained, groups, batch, loss, open_from=first, autocast=processes.autocast)
-        for first in (0, len(groups) - 1)
-    )
-    per_epoch = steps_per_epoch(len(splits.train), settings.batch_size)
-    validation = head * len(splits.valid) / settings.batch_size / processes.count
-    solving = head * len(splits.train) / settings.batch_size / processes.count if settings.solve_head else 0.0
-    epochs = epochs_in(
-        0.9 * (seconds - solving - validation),
-        steps_per_epoch=per_epoch,
-        step_seconds=full / processes.count,
-        head_step_seconds=head / processes.count,
-        evaluate_seconds=validation,
-        head_share=0.0 if settings.solve_head else 0.25,
-    )
-    epochs = float(torch.tensor(processes.gather([epochs])).min())
-    reason = f"{full:.3g} s a step, {seconds / 60:.2g} minutes left for training"
-    dials: dict[str, Any] = {"epochs": round(epochs, 3)}
-    if settings.reasons["head_epochs"][1] != "user" and not settings.solve_head:
-        dials["head_epochs"] = round(epochs / 4.0, 3)
-    return settings.changed(reason, **dials)
-
-
-def _result_lines(record: dict[str, Any], folder: Path) -> list[str]:
-    split = "test" if "test" in record["metrics"] else "valid"
-    figures = ", ".join(
-        f"{name} {value:.4g}" for name, value in record["metrics"][split].items() if isinstance(value, int | float)
-    )
-    return [
-        f"Result    {split}: {figures}   ({record['seconds']['total']:.0f} s, weights: {record['kept']})",
-        f"Saved     {folder / 'model'}",
-    ]
-
-
-def _silent(_: str) -> None:
-    """What processes other than the first say."""

@@ -153,6 +153,7 @@ def refuse_input(out: Path | None, given: Sequence[str]) -> None:
 
 Verbs = (
     Annotated[Any, subcommand(name="fit", constructor=verbs_train.fit)]
+    | Annotated[Any, subcommand(name="plan", constructor=verbs_train.plan)]
     | Annotated[Any, subcommand(name="inspect", constructor=verbs_train.inspect)]
     | Annotated[Any, subcommand(name="range-test", constructor=verbs_train.range_test)]
     | Annotated[Any, subcommand(name="report", constructor=verbs_runs.report)]

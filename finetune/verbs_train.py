@@ -27,6 +27,7 @@ def fit(
     batch_size: int | None = None,
     seed: int = 0,
     save_minutes: float = 1.0,
+    trackers: tuple[str, ...] = (),
     push_to_hub: str | None = None,
     overwrite: bool = False,
     resume_anyway: bool = False,
@@ -48,6 +49,7 @@ def fit(
         batch_size: Examples a step, over all processes.
         seed: Same seed, same run.
         save_minutes: Time between checkpoints.
+        trackers: tensorboard, trackio, wandb, ... to log to.
         push_to_hub: Also upload the model to this repository (owner/name).
         overwrite: Replace another run in `out`.
         resume_anyway: Go on with an unfinished run that was begun differently.
@@ -65,6 +67,7 @@ def fit(
         batch_size=batch_size,
         seed=seed,
         save_minutes=save_minutes,
+        trackers=trackers,
         overwrite=overwrite,
         resume_anyway=resume_anyway,
     )
@@ -133,6 +136,66 @@ def inspect(
         print(f"{i:>4}  {group.name:<{width}}  {group.size:>12,}  {rate:>9.1e}  {memory:>17,.0f} MiB")
     print("Memory is that of weights, gradients and Adam's two moments in fp32, without activations.")
     print("\n".join(groups.notes))
+
+
+def plan(
+    data: Positional[str],
+    backbone: Positional[str | None] = None,
+    *,
+    label: tuple[str, ...] = (),
+    text: str | None = None,
+    text_pair: str | None = None,
+    image: str | None = None,
+    test: str | None = None,
+    minutes: float | None = None,
+    epochs: float | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Show what `finetune fit` would do with this data: what is wrong with it, every dial and its reason, the stages
+    and how long they would take. Nothing is trained and nothing written.
+
+    Args:
+        data: As for `finetune fit`.
+        backbone: As for `finetune fit`.
+        label: Column of the label, or several; by default found.
+        text: Column of the text; by default found.
+        text_pair: Column of the second text of a pair.
+        image: Column of the image path; by default found.
+        test: Rows to report on; by default the `test` part of the data.
+        minutes: Time that training may take.
+        epochs: Passes over the training rows.
+        lr: Peak learning rate of the head.
+        batch_size: Examples a step, over all processes.
+        seed: Of the drawn validation part.
+    """
+    from contextlib import ExitStack
+
+    from finetune.preparing import data_lines, prepare, stage_seconds
+    from finetune.train.processes import start_processes
+
+    splits = _splits(data, label, text, text_pair, image, test, seed)
+    print("\n".join(data_lines(splits)))
+    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
+    with ExitStack() as stack:
+        ready = prepare(
+            splits, backbone or BACKBONES[splits.task.modality], start_processes(), stack, given=given, minutes=minutes,
+            seed=seed,
+        )  # fmt: skip
+        seconds = stage_seconds(ready, splits)
+    named = ", ".join(f"{s.name} {_clock(t)}" for s, t in zip(ready.plan.stages, seconds, strict=True))
+    print(f"Time      about {_clock(sum(seconds))} of steps ({named}), and the validations")
+    if ready.solvable is not None:
+        print("Baseline  a linear probe on frozen features comes first, from one pass over the data")
+    print("\nAll dials")
+    for dial, entry in ready.settings.table().items():
+        value = f"{entry['value']:g}" if isinstance(entry["value"], float) else str(entry["value"])
+        print(f"  {dial:<17} {value:<14} {entry['reason'] if entry['by'] != 'user' else 'as asked for'}")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds + 0.5) // 60}:{int(seconds + 0.5) % 60:02d}"
 
 
 def range_test(

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import finetune
-from finetune import fitting
+from finetune import fitting, preparing
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss
 from finetune.errors import DataError, PlanError, RunError
@@ -220,7 +220,7 @@ def test_what_the_console_says(photos: Path, resnet: Path, tmp_path: Path, capsy
     finetune.fit(photos, resnet, out=tmp_path / "run", **FAST)
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines if line[:1].strip()} == {
-        "Data", "Backbone", "Chosen", "Plan", "head", "all", "Result", "Saved",
+        "Data", "Backbone", "Chosen", "Plan", "Baseline", "all", "Result", "Saved",
     }  # fmt: skip
     assert "left out: 2 rows" in "\n".join(lines)
     assert max(map(len, lines)) < 200 and lines[-1].split() == ["Saved", str(tmp_path / "run" / "model")]
@@ -423,7 +423,7 @@ def test_a_module_of_ones_own_with_groups_and_a_plan(square_splits: Splits, tmp_
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the whole network takes a second, one of the head a tenth."""
-    monkeypatch.setattr(fitting, "seconds_per_step", lambda *_, open_from, **__: 1.0 if open_from == 0 else 0.1)
+    monkeypatch.setattr(preparing, "seconds_per_step", lambda *_, open_from, **__: 1.0 if open_from == 0 else 0.1)
 
 
 @pytest.mark.usefixtures("measured")
@@ -501,7 +501,7 @@ def test_the_same_command_goes_on_and_ends_the_same(
     options: dict[str, Any] = {"epochs": 4, "batch_size": 8, "seed": 1, "save_steps": 4}
     finetune.fit(square_splits, resnet, out=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "default_loss", lambda _: Ctrl(square_splits, 9))
+        patch.setattr(preparing, "default_loss", lambda _: Ctrl(square_splits, 9))
         with pytest.raises(KeyboardInterrupt):
             finetune.fit(square_splits, resnet, out=tmp_path / "parts", **options)
     assert record_of(tmp_path / "parts")["status"] == "running"
@@ -526,7 +526,7 @@ def test_another_request_goes_on_only_when_told_to(
 ) -> None:  # fmt: skip
     options: dict[str, Any] = {"epochs": 4, "batch_size": 8, "save_steps": 4, "out": tmp_path / "run"}
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "default_loss", lambda _: Ctrl(square_splits, 9))
+        patch.setattr(preparing, "default_loss", lambda _: Ctrl(square_splits, 9))
         with pytest.raises(KeyboardInterrupt):
             finetune.fit(square_splits, resnet, **options)
     said = refused(RunError, square_splits, resnet, **{**options, "epochs": 6})
@@ -535,7 +535,7 @@ def test_another_request_goes_on_only_when_told_to(
     said = refused(RunError, square_splits, vit, **options, resume_anyway=True)
     assert f"{tmp_path / 'run' / 'checkpoints' / 'step-0000008'}: does not fit this run (" in said
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "default_loss", lambda _: Ctrl(square_splits, 0))
+        patch.setattr(preparing, "default_loss", lambda _: Ctrl(square_splits, 0))
         with pytest.raises(KeyboardInterrupt):  # the attempt above left the request of another backbone
             finetune.fit(square_splits, resnet, **options, resume_anyway=True)
     capsys.readouterr()
@@ -566,13 +566,13 @@ def test_a_run_of_measured_length_goes_on_with_the_same_plan(
 ) -> None:
     options: dict[str, Any] = {"minutes": 1.0, "batch_size": 16, "settings": {"solve_head": False}}
     assert len(square_splits.train) in range(24, 40)  # two steps an epoch
-    monkeypatch.setattr(fitting, "epochs_in", lambda *_, **__: 5.0014)  # a quarter of it lies by half a step
+    monkeypatch.setattr(preparing, "epochs_in", lambda *_, **__: 5.0014)  # a quarter of it lies by half a step
     whole = finetune.fit(square_splits, resnet, out=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "default_loss", lambda _: Ctrl(square_splits, 3))
+        patch.setattr(preparing, "default_loss", lambda _: Ctrl(square_splits, 3))
         with pytest.raises(KeyboardInterrupt):
             finetune.fit(square_splits, resnet, out=tmp_path / "parts", **options)
-    monkeypatch.setattr(fitting, "epochs_in", lambda *_, **__: 20.0)  # the machine is idle now
+    monkeypatch.setattr(preparing, "epochs_in", lambda *_, **__: 20.0)  # the machine is idle now
     parts = finetune.fit(square_splits, resnet, out=tmp_path / "parts", **options)
     assert [stage["steps"] for stage in parts.record["stages"]] == [stage["steps"] for stage in whole.record["stages"]]
     for name in ("epochs", "head_epochs"):
@@ -589,7 +589,7 @@ def test_a_run_that_fails_leaves_ones_own_model_usable(
     splits = finetune.load_table(tables, text="text", label="score", task="regression")
     pretrained = finetune.load_backbone(bert, splits.task)
     plain = finetune.load_backbone(bert, splits.task).model
-    monkeypatch.setattr(fitting, "scaled_loss", lambda _: Ctrl(splits, 0))
+    monkeypatch.setattr(preparing, "scaled_loss", lambda _: Ctrl(splits, 0))
     with pytest.raises(PlanError if options else KeyboardInterrupt):
         finetune.fit(splits, pretrained, out=tmp_path / "run", **{**FAST, **options})
     assert [len(module._forward_hooks) for module in pretrained.model.modules()] == [
@@ -711,7 +711,7 @@ def test_the_options_of_fit_are_these() -> None:
     """A new one needs a measurement that calls for it."""
     assert list(inspect.signature(finetune.fit).parameters) == [
         "data", "backbone", "out", "head", "loss", "metrics", "plan", "groups", "minutes", "epochs", "lr",
-        "batch_size", "image_size", "settings", "seed", "save_minutes", "save_steps", "overwrite",
+        "batch_size", "image_size", "settings", "seed", "save_minutes", "save_steps", "trackers", "overwrite",
         "resume_anyway",
     ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune import verbs_cli
+from finetune.plan.settings import DIALS
 
 
 def words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *given: object) -> str:
@@ -100,3 +101,15 @@ def test_help_says_all_of_it_in_a_screen(
 ) -> None:
     said = words(monkeypatch, capsys, verb, "--help")
     assert said.endswith("status 0") and len(said.splitlines()) <= 60
+
+
+def test_plan_says_everything_and_trains_nothing(
+    squares: Path, resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = words(monkeypatch, capsys, "plan", squares, resnet, "--epochs", "2", "--lr", "0.002")
+    begins = [line[:9].strip() for line in said.splitlines() if line[:1].strip()]
+    assert begins[:6] == ["Data", "Backbone", "Chosen", "Plan", "Time", "Baseline"], said
+    assert "peak rate 0.002 head" in said and "as asked for  (--lr)" in said
+    assert all(f"\n  {dial}" in said for dial in DIALS) and said.endswith("status 0")
+    assert not any(tmp_path.iterdir())

@@ -53,15 +53,16 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Describe the data in plain lines for the console."""
-        lines = ["rows: " + ", ".join(f"{name} {count}" for name, count in self.counts.items())]
-        if self.columns:
-            lines.append("columns: " + ", ".join(f"{role} from {name!r}" for role, name in self.columns.items()))
+        parts = ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
+        lines = [f"{sum(self.counts.values()):,} rows: {parts}"]
         if self.classes:
             most = sorted(self.classes.items(), key=lambda item: -item[1])
             shown = most if len(most) <= 8 else [*most[:4], *most[-2:]]
             more = f" and {len(most) - len(shown)} more" if len(most) > len(shown) else ""
-            named = ", ".join(f"{label} {n}" for label, n in shown)
-            lines.append(f"classes: {len(most)} ({named}{more})")
+            named = ", ".join(f"{label} {n:,}" for label, n in shown)
+            lines.append(f"{len(most)} classes: {named}{more}")
+        if self.columns:
+            lines.append("columns: " + ", ".join(f"{role} from {name!r}" for role, name in self.columns.items()))
         if self.lengths:
             lines.append("words a text: median {median}, 95 % at most {p95}, longest {max}".format(**self.lengths))
         if self.duplicates:

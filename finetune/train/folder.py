@@ -21,7 +21,7 @@ LOCK = ".finetune-lock"  # a name that nobody else has: the folder may turn out 
 # What a run and the verbs on it write there.
 OURS = {
     RECORD, "steps.jsonl", "left_out.csv", "checkpoints", "cache", "predictions", "model", "adapter", "report.html",
-    "plots", "model.onnx", "model.onnx.data",
+    "plots", "model.onnx", "model.onnx.data", "tensorboard",
 }  # fmt: skip
 _HELD: dict[Path, IO[str]] = {}
 

@@ -27,10 +27,16 @@ class StepLog:
     Args:
         path: The file; None on processes that write none.
         say: Told once when the file can no longer be written.
+        also: Given each line that is written, as data.
     """
 
-    def __init__(self, path: Path | None, say: Callable[[str], None] = print) -> None:
-        self.path, self.say = path, say
+    def __init__(
+        self,
+        path: Path | None,
+        say: Callable[[str], None] = print,
+        also: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> None:
+        self.path, self.say, self.also = path, say, also
         self.file = path.open("a") if path is not None else None
         self.asked = 0.0
         self.pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -75,6 +81,7 @@ class StepLog:
             record["loss"] = loss if math.isfinite(loss) else None
             record["grad_norm"] = norm if math.isfinite(norm) else None
             self.write(json.dumps(record) + "\n")
+            self.also(record)
             if not (math.isfinite(loss) and math.isfinite(norm)):  # the optimizer has left this step out
                 progress.skipped += 1
                 progress.skipped_in_a_row += 1

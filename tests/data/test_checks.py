@@ -220,9 +220,9 @@ def test_report_in_words_and_as_csv(table: Make, tmp_path: Path):
     report = load_table(table("\n".join(["text,label", *rows, "text,a", "x,"]))).report
     assert report.counts == {"train": 17, "valid": 4}
     assert report.lines() == [
-        "rows: train 17, valid 4",
+        "21 rows: 17 train, 4 valid",
+        f"2 classes: a {report.classes['a']}, b {report.classes['b']}",
         "columns: text from 'text', label from 'label'",
-        f"classes: 2 (a {report.classes['a']}, b {report.classes['b']})",
         "words a text: median 10, 95 % at most 19, longest 20",
         "repeats: 1 rows of train repeat an earlier one",
         "left out: 1 rows (1 no label in 'label')",

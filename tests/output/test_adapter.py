@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import finetune
-from finetune import fitting
+from finetune import preparing
 from finetune.data.sources import load_table
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss
@@ -351,7 +351,7 @@ def test_the_same_command_goes_on_and_ends_the_same(
     splits, options = table("text", "label"), {**LORA, "epochs": 3, "lr": 3e-3, "save_steps": 4}
     finetune.fit(splits, bert, out=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "default_loss", lambda _: Ctrl(splits, 14))
+        patch.setattr(preparing, "default_loss", lambda _: Ctrl(splits, 14))
         with pytest.raises(KeyboardInterrupt):
             finetune.fit(splits, bert, out=tmp_path / "parts", **options)
     capsys.readouterr()

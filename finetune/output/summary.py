@@ -1,0 +1,59 @@
+"""`run.json` goes in; the last lines on the console come out: what it is worth, where it is weak, where it lies."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.console import SHARES, main_metric, shown
+from finetune.output.interval import wilson
+
+
+def result_lines(record: dict[str, Any], folder: Path) -> list[str]:
+    """What came out of a run, from its `run.json`: the figure with its interval, the gain over the linear probe, the
+    weakest class, and what to do next."""
+    split = "test" if "test" in record["metrics"] else "valid"
+    metrics, rows = record["metrics"][split], record["data"]["counts"][split]
+    main = main_metric(metrics)
+    where = f"on {rows:,} {'test' if split == 'test' else 'validation'} rows"
+    if main is None:
+        said = f"loss {metrics['loss']:.4g} {where}"
+    else:
+        said = f"{shown(*main)} {where}"
+        if main[0] == "accuracy" and record["task"]["kind"] == "single_label_classification":
+            low, high = wilson(main[1], rows)
+            said += f", 95 % interval {100 * low:.1f} to {100 * high:.1f}"
+        said += _gain(record, main[0])
+    lines = [
+        f"Result    {said}   ({record['seconds']['total']:.0f} s, weights: {record['kept']})",
+        *weakest(metrics, record["task"].get("labels") or []),
+    ]
+    return [*lines, f"Saved     {folder / 'model'}"]
+
+
+def _gain(record: dict[str, Any], metric: str) -> str:
+    """What training has added to the linear probe that it began with."""
+    first = record["history"][0] if record["history"] else {"stage": "", "valid": {}}
+    now, probe = record["metrics"]["valid"].get(metric), first["valid"].get(metric)
+    if first["stage"] != "head" or first["step"] > 0 or now is None or probe is None or not metric.startswith(SHARES):
+        return ""
+    points = 100 * (now - probe)
+    than = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if abs(points) >= 0.05 else "level with"
+    return f"; {than} the linear probe on validation"
+
+
+def weakest(metrics: dict[str, Any], labels: list[str]) -> list[str]:
+    """The class that is recognised least often, and what it is taken for."""
+    confusion = np.asarray(metrics.get("confusion", []))
+    if confusion.ndim != 2 or len(confusion) != len(labels) or not confusion.sum():
+        return []
+    present = confusion.sum(axis=1)
+    recall = np.where(present > 0, confusion.diagonal() / np.maximum(present, 1), 2.0)
+    worst = int(recall.argmin())
+    wrong = confusion[worst] - np.diag(confusion.diagonal())[worst]
+    if not wrong.any():
+        return []
+    return [
+        f"          weakest: {labels[worst]}, {100 * recall[worst]:.0f} % recognised, mostly taken for "
+        f"{labels[int(wrong.argmax())]}"
+    ]
