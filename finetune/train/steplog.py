@@ -4,6 +4,7 @@ the processes together wish."""
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ class StepLog:
                 self.file.flush()
         except OSError as error:
             self.say(f"Warning   {self.path}: cannot be written ({error.strerror}); training goes on without it")
+            with suppress(OSError):  # what could not be written is still in its buffer
+                self.file.close()
             self.file = None
 
     def back_to(self, step: int) -> None:

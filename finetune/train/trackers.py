@@ -78,10 +78,11 @@ class Trackers:
             "loss": record["loss"], "lr_head": record["rates"][-1], "lr_stem": record["rates"][0],
             "momentum": record["momentum"], "grad_norm": record["grad_norm"],
         }  # fmt: skip
-        self.log("train", values, record["step"])
+        self.log("train", values, record["step"] + 1)
 
-    def log(self, part: str, values: Mapping[str, Any], step: int) -> None:
-        """Numbers of a part ("train", "valid", "test") after so many steps; what is no number is left out."""
+    def log(self, part: str, values: Mapping[str, Any], done: int) -> None:
+        """Numbers of a part ("train", "valid", "test") after so many steps, beside the last of them; what is no number
+        is left out."""
         if not self.running:
             return
         numbers = {
@@ -90,7 +91,7 @@ class Trackers:
             if isinstance(value, int | float) and math.isfinite(value)
         }
         for name, tracker in list(self.running.items()):
-            self.attempt(name, tracker.log, numbers, step)
+            self.attempt(name, tracker.log, numbers, max(0, done - 1))
 
     def close(self) -> None:
         """Write what is left."""

@@ -423,6 +423,27 @@ def test_a_stage_that_no_longer_improves_comes_to_its_end_in_one_epoch(
     assert logged[-1]["momentum"] == whole.at(whole.steps - 1).momentum
     assert trainer.progress.shortened == [(0, 6 * per_epoch, per_epoch)]
     assert any("no better for" in line for line in said)
+
+    class Killed(Exception):
+        """In the epoch that was added."""
+
+    left, loss = [6 * per_epoch + 1], default_loss(twelve.task)
+
+    def dying(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        left[0] -= outputs.requires_grad
+        if left[0] < 0:
+            raise Killed
+        return loss(outputs, targets)
+
+    options: dict[str, Any] = {"plan": plan, "given": {"patience": 2, "lr": 1e-9}, "save_steps": 1}
+    killed = make(twelve, resnet, tmp_path / "killed", loss=dying, **options)
+    killed.evaluate = no_better  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        killed.run()
+    again = make(twelve, resnet, tmp_path / "killed", **options)
+    again.evaluate = no_better  # type: ignore[method-assign]
+    again.run()
+    assert steps(tmp_path / "killed") == logged and len(again.progress.shortened) == 1
     plain = make(twelve, resnet, tmp_path / "plain", plan=plan, given={"patience": 0, "lr": 1e-9})
     plain.evaluate = no_better  # type: ignore[method-assign]
     plain.run()
