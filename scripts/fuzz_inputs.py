@@ -251,7 +251,8 @@ def unclear(text: str, names: tuple[str, ...]) -> str:
 
 def written(place: Path) -> list[Path]:
     """Files of text that the run wrote."""
-    return [path for path in (place / "out").rglob("*") if path.suffix in (".json", ".html", ".md", ".jsonl", ".csv")]
+    found = (path for path in (place / "out").rglob("*") if path.suffix in (".json", ".html", ".md", ".jsonl", ".csv"))
+    return [path for path in found if path.is_file()]
 
 
 def state_of(place: Path) -> dict[str, str]:

@@ -212,7 +212,9 @@ def scan_images(part: Part, column: str, found: Scan) -> Part:
 
 def name_file(reason: str, data: datasets.Dataset, column: str, row: int, part: Part) -> str:
     """Add the file to a reason where the row's id is a line of a table and does not name it."""
-    path = data[row][column]["path"]
+    path = (data[row][column] or {}).get("path")
+    if not path:
+        return reason
     shown = os.path.relpath(path, part.root)
     return reason if Path(shown).as_posix() == part.ids[row] else f"{reason}: {shown}"
 

@@ -33,7 +33,7 @@ def result_lines(record: dict[str, Any], folder: Path) -> list[str]:
 
 def _gain(record: dict[str, Any], metric: str) -> str:
     """What training has added to the linear probe that it began with."""
-    first = record["history"][0] if record["history"] else {"stage": "", "valid": {}}
+    first: dict[str, Any] = record["history"][0] if record["history"] else {"stage": "", "valid": {}}
     now, probe = record["metrics"]["valid"].get(metric), first["valid"].get(metric)
     if first["stage"] != "head" or first["step"] > 0 or now is None or probe is None or not metric.startswith(SHARES):
         return ""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -38,9 +38,18 @@ class StepLog:
         also: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
         self.path, self.say, self.also = path, say, also
-        self.file = path.open("a") if path is not None else None
+        self.file: IO[str] | None = None
+        self.open()
         self.asked = 0.0
         self.pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def open(self) -> None:
+        """Go on at the end of the file, where there can be one."""
+        if self.path is not None:
+            try:
+                self.file = self.path.open("a")
+            except OSError as error:
+                self.say(f"Warning   {self.path}: cannot be written ({error.strerror}); training goes on without it")
 
     def add(
         self,
@@ -120,7 +129,7 @@ class StepLog:
         if self.file is not None and self.path is not None:
             self.file.close()
             cut(self.path, step)
-            self.file = self.path.open("a")
+            self.open()
 
     def close(self) -> None:
         """Close the file."""
@@ -130,5 +139,5 @@ class StepLog:
 
 def cut(path: Path, steps: int) -> None:
     """Keep the first lines of a log, one a step; what lies behind was never part of a checkpoint."""
-    if path.exists():
+    if path.is_file():
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:steps]))  # also where it is damaged

@@ -7,11 +7,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 
 from finetune.console import main_metric, shown
 from finetune.data.decoded import DecodedCache
@@ -532,11 +534,16 @@ class Trainer:
         """Go on from the newest whole checkpoint of the folder; lines of `steps.jsonl` beyond it are dropped."""
         path = self.processes.first(lambda: checkpoint.newest(self.folder / "checkpoints", self.say))
         if path is not None:
-            weights, optimizer, progress = checkpoint.load(path)
             try:
-                self.take_up(weights, optimizer, progress)
-            except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:  # after --resume-anyway
-                why = str(error).strip().splitlines()[-1].strip()
+                self.take_up(*checkpoint.load(path))
+            except UnpicklingError:
+                raise RunError(
+                    f"{path}: its optimizer.pt holds more than numbers, which loading it would run; start anew with "
+                    "--overwrite, and do not use what came with it"
+                ) from None
+            # After --resume-anyway
+            except (RuntimeError, ValueError, TypeError, KeyError, IndexError, OSError, SafetensorError) as error:
+                why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
                 raise RunError(
                     f"{path}: does not fit this run ({why}); start anew with --overwrite, or take the backbone and the "
                     "labels that it was begun with"

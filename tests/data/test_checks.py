@@ -260,3 +260,13 @@ def test_joined_processes_read_a_share_each(folder: Make, monkeypatch: pytest.Mo
     both = load_images(root)
     assert [len(look) for look in looks] == [8, 5] and len(set(opened)) == 13
     assert both.fingerprint == alone.fingerprint and both.report == alone.report
+
+
+def test_a_picture_that_a_parquet_file_leaves_out(folder: Make, tmp_path: Path):
+    root = folder(cat=6, dog=6)
+    files = sorted(root.rglob("*.png"))
+    rows = {"image": [None, *(str(path) for path in files)], "label": ["cat", *(path.parent.name for path in files)]}
+    data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    data.to_parquet(root / "train.parquet")
+    report = load_images(root / "train.parquet").report
+    assert reasons(report) == {"train.parquet:1": "no image"}

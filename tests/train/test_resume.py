@@ -15,6 +15,7 @@ import torch
 
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss
+from finetune.errors import RunError
 from finetune.train import checkpoint, selection, stopping
 from finetune.train.evaluate import Evaluation
 from finetune.train.trainer import Outcome, Trainer
@@ -287,3 +288,16 @@ def test_a_damaged_checkpoint_costs_time_only(kinds: dict[str, Kind], tmp_path: 
     assert everything(resumed, resumed.run()) == one.expected
     assert said[0].startswith(f"Damaged   {path.parent}: ") and said[1] == "Resumed   from step 9 of 20"
     assert not differences(state(resumed), state(one.whole))
+
+
+def test_a_checkpoint_that_holds_code_is_not_taken_up(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    one = kinds["text"]
+    with pytest.raises(KeyboardInterrupt):
+        make(one.splits, one.backbone, tmp_path, save_steps=3, loss=Interrupted(one.splits, "training", 8)).run()
+    for path in (tmp_path / "checkpoints").iterdir():
+        torch.save(Interrupted(one.splits, "training", 0), path / "optimizer.pt")
+        sums = json.loads((path / checkpoint.CHECKSUMS).read_text())
+        sums["optimizer.pt"] = checkpoint._checksum(path / "optimizer.pt")
+        (path / checkpoint.CHECKSUMS).write_text(json.dumps(sums))
+    with pytest.raises(RunError, match="its optimizer.pt holds more than numbers, which loading it would run"):
+        make(one.splits, one.backbone, tmp_path).run()
