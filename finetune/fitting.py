@@ -3,8 +3,9 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from torch import nn
@@ -20,11 +21,19 @@ from finetune.model.pretrained import Pretrained
 from finetune.model.sharding import put_back
 from finetune.output.adapter import save_adapter, write_card
 from finetune.output.export import save_pretrained
-from finetune.output.record import describe_run, identity_of, starting_record, test_predictions, versions
+from finetune.output.record import (
+    describe_run,
+    described_calibration,
+    identity_of,
+    starting_record,
+    test_predictions,
+    versions,
+)
 from finetune.output.summary import result_lines
 from finetune.plan.stages import Plan
 from finetune.preparing import data_lines, prepare
 from finetune.run import Run
+from finetune.train.calibration import applies, cooled, fold, temperature
 from finetune.train.evaluate import Loss, Metrics
 from finetune.train.folder import open_folder, read_record, release, take, write_record
 from finetune.train.processes import start_processes
@@ -163,6 +172,12 @@ def fit(
             train_seconds = time.monotonic() - began - outcome.evaluate_seconds - trainer.head_seconds
             if outcome.status != "finished":
                 say(f"Stopped   {outcome.why}; the weights of {outcome.kept} are kept")
+            degrees = 1.0
+            if ready.settings.calibrate and ready.linear and loss is None and metrics is None:
+                if applies(outcome.valid, splits.task):
+                    degrees = temperature(outcome.valid)
+                    fold(cast(nn.Linear, trained.model.get_submodule(ready.linear)), degrees)
+                    outcome = replace(outcome, valid=cooled(outcome.valid, splits.task, degrees))
             if splits.test is not None:
                 test = trainer.evaluate(splits.test)
                 curves.log("test", test.metrics, trainer.progress.step)
@@ -196,7 +211,8 @@ def fit(
     }
     record |= {"adapter": adapter.to_json()} if adapter is not None else {}
     record |= describe_run(outcome, test, trainer.plan, len(splits.train), seconds, processes.device) | {
-        "versions": versions()
+        "versions": versions(),
+        "calibration": described_calibration(degrees, outcome.valid, test, splits.task),
     }
     if processes.is_main:
         write_record(folder, record)

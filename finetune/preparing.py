@@ -40,7 +40,8 @@ class Prepared:
         loss: Function of (outputs, targets).
         scale: Mean and deviation of regression targets, out of which the model is trained.
         settings: Every dial.
-        solvable: Name of the linear layer whose optimum training starts from, if it does.
+        linear: Name of the linear layer that is the whole new head, if it is one.
+        solvable: The same where training starts from its optimum.
         plan: Stages with their steps and peak rates.
         processes: Those of this run, with their precision.
         setup_seconds: To load and divide the backbone.
@@ -53,6 +54,7 @@ class Prepared:
     loss: Loss
     scale: tuple[Any, Any] | None
     settings: Settings
+    linear: str | None
     solvable: str | None
     plan: ResolvedPlan
     processes: Processes
@@ -109,7 +111,8 @@ def prepare(
     )
     processes = replace(processes, precision=chosen.precision)
     sample = _sample(pretrained, splits)
-    layer, reason = _solvable(pretrained, groups, sample, chosen, loss, plan)
+    linear, why_not = linear_head_name(pretrained, groups, sample)
+    layer, reason = _solvable(linear, why_not, chosen, loss, plan)
     if layer is None:
         chosen = chosen.changed(reason, by="rule", solve_head=False)
     elif plan is None:
@@ -132,7 +135,7 @@ def prepare(
     for line in (*chosen_lines(chosen, rates, processes), *_labelled("Plan", str(resolved).splitlines())):
         say(line)
     return Prepared(
-        pretrained, groups, adapter, loss_function, scale, chosen, layer, resolved, processes, setup_seconds,
+        pretrained, groups, adapter, loss_function, scale, chosen, linear, layer, resolved, processes, setup_seconds,
         probe_seconds,
     )  # fmt: skip
 
@@ -179,12 +182,7 @@ def _labelled(label: str, lines: list[str]) -> list[str]:
 
 
 def _solvable(
-    pretrained: Pretrained,
-    groups: LayerGroups,
-    sample: dict[str, torch.Tensor],
-    settings: Settings,
-    loss: Loss | None,
-    plan: Plan | None,
+    linear: str | None, why_not: str, settings: Settings, loss: Loss | None, plan: Plan | None
 ) -> tuple[str | None, str]:
     """The linear layer whose optimum training starts from, or None and why it does not."""
     asked = settings.reasons["solve_head"][1] == "user"
@@ -194,7 +192,7 @@ def _solvable(
         return None, "a loss of one's own is trained by gradients"
     if not asked and (plan is not None or settings.reasons["head_epochs"][1] == "user"):
         return None, "the user gives the head a stage of its own"
-    return linear_head_name(pretrained, groups, sample)
+    return linear, why_not
 
 
 def _sample(pretrained: Pretrained, splits: Splits) -> dict[str, torch.Tensor]:

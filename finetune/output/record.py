@@ -18,6 +18,7 @@ from finetune.errors import without_secrets
 from finetune.model.pretrained import Pretrained
 from finetune.plan.settings import Settings
 from finetune.plan.stages import Plan, ResolvedPlan
+from finetune.train.calibration import applies, cooled, reliability
 from finetune.train.evaluate import Evaluation
 from finetune.train.progress import Outcome
 
@@ -124,6 +125,18 @@ def describe_run(
         "status": outcome.status,
         "why": outcome.why,
     }
+
+
+def described_calibration(degrees: float, valid: Evaluation, test: Evaluation | None, task: Task) -> dict[str, Any]:
+    """How far probabilities can be trusted, with the temperature that is folded into the head, and before."""
+    found: dict[str, Any] = {"temperature": degrees}
+    for split, evaluation in (("valid", valid), ("test", test)):
+        if evaluation is not None and applies(evaluation, task):
+            found[split] = {
+                "after": reliability(evaluation),
+                "before": reliability(cooled(evaluation, task, 1 / degrees)),
+            }
+    return found
 
 
 def peak_memory(device: torch.device) -> int:

@@ -118,6 +118,7 @@ class Settings:
         pct_start: Share of a stage spent climbing.
         div_factor: Peak rate over first rate.
         ema: Also try averaged weights at the end.
+        calibrate: Fold the temperature that suits the validation rows into the head.
         unfreezing: Named plan, see `gradual_unfreezing`.
         lora: Rank of the adapters that train in place of the body's weights, see `finetune.model.lora`; 0: none.
         augment: "default": random crops and horizontal flips of training images; "none" where left and right matter.
@@ -146,6 +147,7 @@ class Settings:
     pct_start: float
     div_factor: float
     ema: bool
+    calibrate: bool
     augment: Literal["default", "none"]
     unfreezing: Unfreezing
     lora: int
@@ -265,6 +267,11 @@ def choose_settings(
         ),
         "lora": (0, "all weights train: adapters were level with them, and no faster", "rule"),
         "precision": (*precision, "rule"),
+        "calibrate": (
+            True,
+            "probabilities as the validation rows have them (Guo et al. 2017); no answer changes",
+            "rule",
+        ),
         "solve_head": (True, "a linear head on frozen features has an optimum: no rate, no epochs", "rule"),
         "patience": (
             (2, "two validations without a gain in score or loss, past the middle of a stage", "rule")

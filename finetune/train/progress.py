@@ -33,6 +33,7 @@ class Progress:
         accumulation: Micro-batches a step, where the memory asked for more than the settings have.
         recompute: Whether activations are computed again in the backward pass, because the memory asked for it.
         unreadable: Rows that could not be read in training, and why.
+        gradients: Norms of this epoch's gradients so far, see `GroupNorms`.
     """
 
     step: int = 0
@@ -52,6 +53,7 @@ class Progress:
     accumulation: int = 1
     recompute: bool = False
     unreadable: dict[str, str] = field(default_factory=dict)
+    gradients: dict[str, Any] = field(default_factory=dict)
 
     def applied_to(self, plan: ResolvedPlan) -> ResolvedPlan:
         """A plan as training has changed it so far."""

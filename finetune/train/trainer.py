@@ -29,6 +29,7 @@ from finetune.plan.settings import Settings
 from finetune.plan.stages import Point, ResolvedPlan
 from finetune.train import checkpoint, memory
 from finetune.train.evaluate import Evaluation, Loss, Metrics, as_float, evaluate
+from finetune.train.group_norms import GroupNorms
 from finetune.train.processes import Processes
 from finetune.train.progress import Diverged, Outcome, Progress
 from finetune.train.replaying import Request, StageReplay, open_stage
@@ -89,6 +90,7 @@ class Trainer:
             self.model = pretrained.model.to(processes.device).to(memory_format=layout)
         self.wrapped: torch.nn.Module = self.model
         self.optimizer = self.new_optimizer()
+        self.norms = GroupNorms(self.model, groups, spread=processes.sharded)
         self.average: Average | None = None
         self.replay: StageReplay | None = None
         self.cache = DecodedCache(folder / "cache") if splits.task.modality == "image" else None
@@ -142,6 +144,8 @@ class Trainer:
         """The head, and then stage after stage; why it ended before its time, or ""."""
         if self.solvable is not None and not self.progress.history:
             self.solve_head(self.solvable)
+        if self.norms.start is None:
+            self.norms.begin()
         while self.progress.step < self.plan.steps:
             try:
                 self.run_stage(self.plan.at(self.progress.step).stage)
@@ -161,6 +165,7 @@ class Trainer:
         self.plan = progress.applied_to(self.planned)
         progress.step = self.plan.start(index)
         progress.epoch_losses, progress.skipped_in_a_row = [], 0
+        self.norms.taken()
         progress.first_loss = progress.smooth_loss = None
         checkpoint.restore(self.model, self.best_weights)
         self.average, self.optimizer = None, self.new_optimizer()
@@ -359,12 +364,7 @@ class Trainer:
                 # Gradients are averaged over the processes, and the loss is a sum over them.
                 self.processes.accelerator.backward(part * self.processes.count)
             loss += part.detach()
-        norm = whole(
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in self.model.parameters() if p.grad is not None],
-                self.settings.clip if self.settings.clip > 0 else math.inf,
-            )
-        )
+        norm = whole(self.norms.clip(self.settings.clip if self.settings.clip > 0 else math.inf))
         asked = torch.full((), self.wish(), device=loss.device)
         if self.processes.count > 1:
             loss, asked = self.processes.accelerator.reduce(torch.stack([loss, asked]), reduction="sum").unbind()
@@ -451,6 +451,7 @@ class Trainer:
         number = history[-1]["epoch"] + 1 if history else int(self.progress.step > 0)
         history.append(
             {"epoch": number, "step": self.progress.step, "stage": stage, "train_loss": train_loss, "valid": shown}
+            | ({"groups": norms} if (norms := self.norms.taken()) else {})
         )
         best = self.progress.best
         if math.isfinite(valid.loss) and (best is None or list(standing(valid)) > best["standing"]):
@@ -505,6 +506,7 @@ class Trainer:
     def save_checkpoint(self) -> bool:
         """Write a checkpoint; whether that worked, as the main process sees it."""
         begin, saved = time.monotonic(), True
+        self.progress.gradients = self.norms.state()
         # What is spread over the processes is gathered by all of them, before the first one writes it.
         weights = {"model": checkpoint.snapshot(self.model), "best": self.best_weights}
         optimizer = checkpoint.optimizer_state(self.optimizer)
@@ -560,6 +562,8 @@ class Trainer:
             like = {name: tensor for name, tensor in self.model.state_dict().items() if name in weights["head"]}
             self.model.load_state_dict(checkpoint.scattered(weights["head"], like), strict=False)
             self.head, self.head_weights = self.evaluate(), checkpoint.snapshot(self.model)
+        self.norms.begin()
+        self.norms.restore(progress["gradients"])
         checkpoint.restore(self.model, weights["model"])
         self.best_weights = weights["best"]
         if "average" in weights:

@@ -118,7 +118,7 @@ class Noting(GeneralTracker):
 
     def note(self, what: str, *values: Any) -> None:
         if what == self.fails:
-            raise ConnectionError("https://me:secret@tracker.example is away\n and more")
+            raise RuntimeError("https://me:secret@tracker.example is away\n and more")
         type(self).told.append((what, *values))
 
     def start(self) -> None:
