@@ -21,6 +21,7 @@ from finetune.model.pretrained import Pretrained
 from finetune.model.sharding import put_back
 from finetune.output.adapter import save_adapter, write_card
 from finetune.output.export import save_pretrained
+from finetune.output.mistakes import keep_mistakes
 from finetune.output.record import (
     describe_run,
     described_calibration,
@@ -195,6 +196,9 @@ def fit(
                 save_adapter(adapter, pretrained, splits.task, folder / "model", folder / "adapter")
             if splits.test is not None and test is not None:
                 test_predictions(folder / "predictions" / "test.csv", splits.test, splits.task, test)
+            held_out: dict[str, tuple[Any, Any]] = {"valid": (splits.valid, outcome.valid)}
+            held_out |= {"test": (splits.test, test)} if splits.test is not None else {}
+            keep_mistakes(folder / "predictions", splits.task, held_out)
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"{folder}: the model cannot be written ({error}); make room, and give the same command again: it goes "

@@ -297,7 +297,7 @@ def test_one_label_a_text(tables: Path, bert: Path, tmp_path: Path) -> None:
 def test_a_path_is_data_too(tables: Path, bert: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.csv", [{"text": r["text"], "label": r["label"]} for r in reviews(30)])
     run = finetune.fit(str(tmp_path / "rows.csv"), str(bert), out=str(tmp_path / "run"), **FAST)
-    assert "test" not in run.metrics and not (tmp_path / "run" / "predictions").exists()
+    assert "test" not in run.metrics and not (tmp_path / "run" / "predictions" / "test.csv").exists()
     assert record_of(run.folder)["data"]["counts"].keys() == {"train", "valid"}
 
 
@@ -724,6 +724,7 @@ RECIPES = {
     "token_classification": SHARED | {"push_to_hub"},
     "custom_head": SHARED,
     "demo": {"out", "seed"},
+    "k_fold": SHARED - {"test", "resume_anyway"} | {"folds", "group"},
 }
 FOLDER = Path(__file__).parents[1] / "recipes"
 

@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
 
 from finetune.errors import RunError
@@ -29,6 +29,7 @@ COLOURS = {
     "second": "#c4561b",
     "third": "#2c8157",
 }
+Bins: TypeAlias = Sequence[Sequence[float]]  # (how sure, share right, rows)
 POINTS = 400  # of a curve: more cannot be seen, and would weigh on the page
 NAMED = 100  # classes up to which a confusion matrix names them
 COUNTED = 25  # classes up to which it shows the counts
@@ -217,6 +218,52 @@ def confusion_matrix(matrix: np.ndarray, labels: Sequence[str], split: str) -> F
         for true, guess in zip(*np.nonzero(matrix), strict=True):
             colour = "white" if shares[true, guess] > 0.7 else COLOURS["ink"]
             axes.text(guess, true, f"{matrix[true, guess]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    return figure
+
+
+def reliability(before: Bins, after: Bins, split: str) -> Figure:
+    """Share of right answers over how sure the model was of them; on the diagonal, it is as right as it is sure."""
+    figure = Figure(figsize=(3.6, 3.2))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(title=f"How sure, and how often right ({split})", xlabel="probability of the answer", ylabel="share right")
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.plot([0, 1], [0, 1], color=COLOURS["muted"], linestyle=":", linewidth=1.2)
+    most = max((rows for _, _, rows in [*before, *after]), default=1)
+    for bins, colour, label in ((before, "third", "before the temperature"), (after, "first", "as saved")):
+        if bins:
+            sure, right, rows = zip(*bins, strict=True)
+            axes.plot(sure, right, color=COLOURS[colour], linewidth=0.8, alpha=0.6)
+            sizes = [8 + 60 * count / most for count in rows]
+            axes.scatter(sure, right, s=sizes, color=COLOURS[colour], label=label, linewidths=0)
+    axes.legend(loc="upper left")
+    return figure
+
+
+def by_group(title: str, history: Sequence[dict[str, Any]], what: str, groups: Sequence[str]) -> Figure:
+    """A number of each layer group after each epoch, on a logarithmic scale of shades; the head stands on top."""
+    told = [entry for entry in history if what in entry.get("groups", {})]
+    values_GE = np.array([entry["groups"][what] for entry in told], dtype=float).T
+    count, epochs = values_GE.shape
+    figure = Figure(figsize=(4.7, min(4.2, max(1.6, 0.17 * count))))
+    axes = figure.add_axes((0, 0, 1, 1))
+    blue = to_rgb(COLOURS["first"])
+    shade = LinearSegmentedColormap.from_list("shade", [(*blue, 0.06), (*blue, 1.0)])
+    positive = values_GE[np.isfinite(values_GE) & (values_GE > 0)]
+    low, high = (positive.min(), positive.max()) if len(positive) else (1e-3, 1.0)
+    image = axes.imshow(
+        np.ma.masked_where(~(values_GE > 0), values_GE), cmap=shade, aspect="auto", origin="lower",
+        interpolation="nearest", norm=LogNorm(low, high if high > low else 2 * low),
+    )  # fmt: skip
+    axes.set(title=title, xlabel="epoch")
+    axes.grid(False)
+    ticks = np.unique(np.linspace(0, epochs - 1, min(epochs, 10)).round().astype(int))
+    axes.set_xticks(ticks, [str(told[i]["epoch"]) for i in ticks])
+    rows = np.unique(np.linspace(0, count - 1, min(count, 12)).round().astype(int))
+    axes.set_yticks(rows, [_short(groups[i] if i < len(groups) else str(i), 22) for i in rows])
+    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.yaxis.set_major_formatter(_power)
+    bar.ax.minorticks_off()
     return figure
 
 

@@ -18,6 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from finetune.errors import FinetuneError, RunError
 from finetune.output import plots
+from finetune.output.interval import of_test_rows, wilson
+from finetune.output.mistakes import read_mistakes
 from finetune.output.plots import Curves, Plot
 from finetune.output.tally import Tally, Tested, baseline
 
@@ -139,14 +141,19 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     }
     shown = list(dict.fromkeys(name for values in figures.values() for name in values))
     main = MAIN[kind] if MAIN[kind] in shown else next((name for name in shown if name != "loss"), None)
+    classes, history = _class_rows(tally, labels, train), lasting(record.get("history", []))
+    _write_tables(folder / "plots", history, classes)
+    named = str(record["backbone"]["name"])
     return {
         "record": record,
+        "backbone": Path(named).name if Path(named).is_dir() else named,
         "name": Path(str(data["source"])).name or data["source"],
         "kind": kind.replace("_", " "),
         "main": main,
         "headline": figures.get(split, {}).get(main or "loss"),
         "split": {"test": "test", "valid": "validation"}[split],
-        "error": _standard_error(figures.get(split, {}).get(main or ""), main, data["counts"].get(split, 0)),
+        "interval": _interval(folder, record, labels, split, main, figures.get(split, {}).get(main or "")),
+        "probe": _probe(record, main),
         "baseline": BASELINE[kind] if same.keys() & set(shown) else None,
         "baseline_headline": same.get(main or ""),
         "metrics": [
@@ -155,12 +162,15 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         ],
         "splits": [{"test": "test", "valid": "validation"}[part] for part in ("test", "valid") if part in figures],
         "plots": _plots(folder, record, main, same.get(main or ""), figures),
+        "group_plots": _group_plots(folder, history, record.get("groups", [])),
+        "calibration": _calibration(folder, record),
         "confusion": _confusion_plot(folder, tally, labels),
         "confusions": _confusions(tally, labels),
         "scatters": _scatter_plots(folder, tested, labels),
         "troubles": _troubles(record),
         "mistakes": tested.mistakes,
-        "classes": _class_rows(tally, labels, train),
+        "seen": read_mistakes(folder / "predictions"),
+        "classes": classes,
         "class_split": tally.split if tally else "",
         "unit": "words" if kind == "token_classification" else "rows",
         "left_out": _left_out(folder / "left_out.csv"),
@@ -196,11 +206,70 @@ def lasting(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _standard_error(value: float | None, name: str | None, rows: int) -> float | None:
-    """Of a share of rows; the other metrics have no such simple one."""
-    if name != "accuracy" or value is None or rows < 1 or not 0 <= value <= 1:
+def _interval(
+    folder: Path, record: dict[str, Any], labels: Sequence[str], split: str, main: str | None, value: float | None
+) -> tuple[float, float] | None:
+    """95 % interval of the headline over such rows: Wilson's for a share of them, else by drawing them again."""
+    kind, rows = record["task"]["kind"], record["data"]["counts"].get(split, 0)
+    if main is None or value is None or rows < 1:
         return None
-    return math.sqrt(value * (1 - value) / rows)
+    if main == "accuracy" and kind == "single_label_classification":
+        return wilson(value, rows) if 0 <= value <= 1 else None
+    return of_test_rows(folder / "predictions" / "test.csv", kind, labels, main, value) if split == "test" else None
+
+
+def _probe(record: dict[str, Any], main: str | None) -> tuple[float, float] | None:
+    """The main metric of the linear probe that training began with, and of the model, both on the validation rows."""
+    first: dict[str, Any] = next(iter(record.get("history", [])), {"stage": "", "step": 1, "valid": {}})
+    then, now = first["valid"].get(main), record.get("metrics", {}).get("valid", {}).get(main)
+    return (then, now) if first["stage"] == "head" and first["step"] == 0 and None not in (then, now) else None
+
+
+def _group_plots(folder: Path, history: Sequence[dict[str, Any]], groups: Sequence[str]) -> list[Plot]:
+    """What the gradients said: how large they were in each group, and how far each has moved."""
+    drawn = []
+    for what, title in (
+        ("gradient", "Gradient over weights, by layer group"),
+        ("moved", "Distance from the start over weights"),
+    ):
+        told = [entry["groups"][what] for entry in history if what in entry.get("groups", {})]
+        if told and any(value for entry in told for value in entry):
+            alt = f"{title}, {len(told)} epochs: in the end head {told[-1][-1]:.3g}, stem {told[-1][0]:.3g}."
+            drawn.append(
+                plots.draw(folder / "plots", what, alt, lambda t=title, w=what: plots.by_group(t, history, w, groups))  # type: ignore[misc]
+            )
+    return drawn
+
+
+def _calibration(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """How far its probabilities can be trusted: a plot and figures, of the test rows where there are any."""
+    found = record.get("calibration", {})
+    split = next((name for name in ("test", "valid") if name in found), None)
+    if split is None:
+        return {}
+    before, after = found[split]["before"], found[split]["after"]
+    words = {"test": "test", "valid": "validation"}[split]
+    changed = found["temperature"] != 1.0
+    alt = f"Share of right answers over their probability, {words} rows: expected calibration error {after['ece']:.3g}."
+    plot = plots.draw(
+        folder / "plots", "reliability", alt,
+        lambda: plots.reliability(before["bins"] if changed else [], after["bins"], words),
+    )  # fmt: skip
+    return {"plot": plot, "split": words, "before": before if changed else None, "after": after,
+            "temperature": found["temperature"]}  # fmt: skip
+
+
+def _write_tables(folder: Path, history: Sequence[dict[str, Any]], classes: Sequence[dict[str, Any]]) -> None:
+    """The numbers behind the page as CSV files beside its plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(name for entry in history for name in entry["valid"]))
+    lines = [[e["epoch"], e["step"], e["stage"], e["train_loss"], *(e["valid"].get(n) for n in names)] for e in history]
+    tables = {"history": [["epoch", "step", "stage", "train_loss", *names], *lines]}
+    if classes:
+        tables["classes"] = [list(classes[0]), *(list(row.values()) for row in classes)]
+    for name, rows in tables.items():
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
 
 
 def _plots(

@@ -185,7 +185,8 @@ def test_page_and_plots_of_a_finished_run(tmp_path):
     for text in ("class 'owl' has few rows", "--data data/pets", "torch 2.14.1", "2 min 3 s", "train 30, valid 8"):
         assert text in page.text
     names = ["confusion", "loss", "metric", "momentum", "rates"]
-    assert sorted(file.stem for file in (tmp_path / "run" / "plots").iterdir()) == names
+    assert sorted(file.stem for file in (tmp_path / "run" / "plots").glob("*.png")) == names
+    assert sorted(file.stem for file in (tmp_path / "run" / "plots").glob("*.csv")) == ["classes", "history"]
     for name in names:
         with Image.open(tmp_path / "run" / "plots" / f"{name}.png") as image:
             assert image.width > 400
@@ -248,7 +249,7 @@ def test_run_without_test_rows(tmp_path, metrics, source):
     valid = {"accuracy": 0.75, "loss": 0.5} | ({"confusion": [[3, 1], [1, 3]]} if metrics else {})
     page = report(make_run(tmp_path / "run", labels=["cat", "dog"], metrics={"valid": valid}))
     assert "There were no test rows" in page.text
-    assert "accuracy on 8 validation rows, standard error 0.15" in page.text
+    assert "accuracy on 8 validation rows, 95 % interval 0.4093 to 0.9285" in page.text
     assert (tmp_path / "run" / "plots" / "confusion.png").exists() == metrics
     if metrics:
         assert page.row("accuracy") == ["accuracy", "0.75", "0.5"]
@@ -390,3 +391,45 @@ def test_numbers_as_people_read_them():
         "–", "yes", "3,080", "0.0001234", "12,346", "not a number", "0.9, 0.99", "bf16", "2",
     ]  # fmt: skip
     assert [duration(seconds) for seconds in (0.42, 59.4, 61, 3725)] == ["0.42 s", "59.4 s", "1 min 1 s", "1 h 2 min"]
+
+
+def test_the_probe_the_gradients_and_the_calibration(tmp_path):
+    groups = {"gradient": [0.0, 0.1, 0.2, 3.0], "moved": [0.0, 1e-4, 1e-3, 0.5]}
+    history = [
+        {"epoch": 0, "step": 0, "stage": "head", "train_loss": 0.4, "valid": {"accuracy": 0.625, "loss": 0.5}},
+        {
+            "epoch": 1,
+            "step": 10,
+            "stage": "all",
+            "train_loss": 0.2,
+            "valid": {"accuracy": 0.75, "loss": 0.6},
+            "groups": groups,
+        },
+    ]
+    bins = {"ece": 0.1234, "log_loss": 0.7, "bins": [[0.55, 0.4, 3], [0.9, 1.0, 5]]}
+    calibration = {"temperature": 1.5, "test": {"before": bins | {"ece": 0.2345}, "after": bins}}
+    rows = [["a", "cat", "cat", 0.9]] * 9 + [["b", "cat", "dog", 0.8]]
+    folder = make_run(tmp_path / "run", steps=20, rows=rows, history=history, calibration=calibration)
+    page = report(folder)
+    assert "0.625" in page.text
+    assert "of a linear probe on frozen features, validation rows; the model there: 0.75" in page.text
+    assert ["expected calibration error", "0.2345", "0.1234"] in page.rows
+    assert "divided by 1.5" in page.text
+    for name in ("gradient", "moved", "reliability"):
+        assert (folder / "plots" / f"{name}.png").stat().st_size > 2_000, name
+    told = (folder / "plots" / "history.csv").read_text().splitlines()
+    assert told == ["epoch,step,stage,train_loss,accuracy,loss", "0,0,head,0.4,0.625,0.5", "1,10,all,0.2,0.75,0.6"]
+    assert (folder / "plots" / "classes.csv").read_text().splitlines()[0] == "label,precision,recall,f1,rows,train"
+    plain = report(make_run(tmp_path / "plain", steps=20, rows=rows))
+    assert "linear probe" not in plain.text and "What the gradients said" not in plain.text
+    assert "probabilities can be trusted" not in plain.text
+
+
+def test_mistakes_with_their_texts_are_escaped(tmp_path):
+    folder = make_run(tmp_path / "run", rows=[["a", "cat", "dog", 0.8]])
+    entry = {"split": "valid", "id": NASTY[1], "label": NASTY[0], "prediction": "dog", "probability": 0.987,
+             "probability_of_label": 0.001, "text": NASTY[0], "picture": "../../secret.jpg"}  # fmt: skip
+    (folder / "predictions" / "mistakes.json").write_text(json.dumps([entry]))
+    page = report(folder)
+    assert "<script>alert" not in page.html and NASTY[0] in page.text and "answered dog (0.987)" in page.text
+    assert "secret" not in page.html
