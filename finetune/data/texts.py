@@ -4,17 +4,19 @@ Shapes: B texts of a batch, T tokens of the longest of them.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from finetune.data.task import IGNORED, Task
 from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST_TOKENS = 512  # a text is cut off here, or where the tokenizer's model ends
 CHUNK = 1000  # texts that are tokenised at once
@@ -52,10 +54,10 @@ class Tokens:
 
 
 # Tokenizer -> {(fingerprint of the Dataset, kind of task): its tokens}; an entry goes when its tokenizer goes.
-cache: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, str], Tokens]] = WeakKeyDictionary()
+cache: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, str], Tokens]]" = WeakKeyDictionary()
 
 
-def tokenized(data: datasets.Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+def tokenized(data: datasets.Dataset, task: Task, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
     """Tokenise a Dataset, or give what an earlier call made of it."""
     known, key = cache.setdefault(tokenizer, {}), (data._fingerprint, task.kind)
     if key not in known:
@@ -63,7 +65,7 @@ def tokenized(data: datasets.Dataset, task: Task, tokenizer: PreTrainedTokenizer
     return known[key]
 
 
-def tokenize(data: datasets.Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+def tokenize(data: datasets.Dataset, task: Task, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
     """Tokenise every text; in the tokens task the first piece of a word carries its label, other pieces -100.
 
     Raises:

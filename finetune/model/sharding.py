@@ -5,13 +5,12 @@ Which of them train may change from stage to stage; nothing is wrapped anew.
 """
 
 import copy
+import sys
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetune.model.groups import LayerGroups
 from finetune.model.pretrained import Pretrained
@@ -26,6 +25,8 @@ def shard(pretrained: Pretrained, groups: LayerGroups, device: torch.device, *, 
         device: Of this process.
         offload: Keep the parts in the memory of the CPU.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard  # half a second, for few
+
     model = copy.deepcopy(pretrained.model).to(device)
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     for name in _units(model, groups):
@@ -58,27 +59,37 @@ def _units(model: nn.Module, groups: LayerGroups) -> list[str]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` made it."""
-    return isinstance(model, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor lies in parts on the processes. Where none does, what makes such tensors was never imported."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor on every process, gathered from its parts; every process has to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor).full_tensor() if is_spread(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, which shares its memory; all of one that is not spread."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor).to_local() if is_spread(tensor) else tensor
 
 
 def spread(tensor: Tensor | None, like: Tensor) -> Tensor:
     """A whole tensor as a tensor like `like`: where that is spread, each process gets its part from the first one, and
     the others need not have it."""
-    if not isinstance(like, DTensor):
+    if not is_spread(like):
         assert tensor is not None
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = cast(Any, like).device_mesh, cast(Any, like).placements
     tensor = torch.empty(like.shape, dtype=like.dtype) if tensor is None else tensor
-    return distribute_tensor(tensor.to(like.device_mesh.device_type), like.device_mesh, like.placements)
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, placements)
 
 
 def put_back(sharded: nn.Module, plain: nn.Module) -> None:

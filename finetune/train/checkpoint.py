@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from finetune.model.sharding import spread, whole
+from finetune.model.sharding import is_spread, spread, whole
 
 Weights = dict[str, torch.Tensor]
 CHECKSUMS = "checksums.json"
@@ -39,7 +38,7 @@ def gathered(state: Mapping[str, torch.Tensor]) -> Weights:
     found = {}
     for name, tensor in state.items():
         copied = whole(tensor.detach())
-        if not isinstance(tensor, DTensor) or torch.distributed.get_rank() == 0:
+        if not is_spread(tensor) or torch.distributed.get_rank() == 0:
             found[name] = copied.to("cpu", copy=True).contiguous()
     return found
 
@@ -56,7 +55,7 @@ def scattered(weights: Weights, like: Mapping[str, torch.Tensor]) -> dict[str, t
         KeyError: It lacks one of them.
     """
     for name, tensor in like.items():
-        if name not in weights and (not isinstance(tensor, DTensor) or torch.distributed.get_rank() == 0):
+        if name not in weights and (not is_spread(tensor) or torch.distributed.get_rank() == 0):
             raise KeyError(f"{name} is not in it")
     return {name: spread(weights.get(name), tensor) for name, tensor in like.items()}
 

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from finetune.errors import FinetuneError, RunError
 from finetune.model.groups import LayerGroups
@@ -76,7 +75,7 @@ class Processes:
         """For a backward pass: whether processes average their gradients in it, or leave that to a later
         micro-batch."""
         if self.sharded:
-            cast(FSDPModule, model).set_requires_gradient_sync(now)
+            cast(Any, model).set_requires_gradient_sync(now)
         return nullcontext() if now or self.count == 1 or self.sharded else self.accelerator.no_sync(model)
 
     def shares(self, batches: list[list[int]]) -> tuple[list[list[int]], int]:
