@@ -69,8 +69,8 @@ def shown(name: str, value: float) -> str:
     return f"{words} {100 * value:.1f} %" if name.startswith(SHARES) else f"{words} {value:.4g}"
 
 
-def main_metric(metrics: dict[str, Any]) -> tuple[str, float] | None:
-    """The metric that stands first, which is that of the task; None where there is nothing but the loss."""
-    found = [(name, value) for name, value in metrics.items() if isinstance(value, int | float)]
-    named = [each for each in found if each[0] not in ("loss", "log_loss")]
-    return next(iter(named), None)
+def headline(metrics: dict[str, Any], main: str = "") -> tuple[str, float] | None:
+    """The metric that counts: `main` where it is there, else the first; None where there is nothing but the loss."""
+    found = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    named = [name for name in (main, *found) if name in found and name not in ("loss", "log_loss")]
+    return (named[0], found[named[0]]) if named else None

@@ -91,6 +91,7 @@ def evaluate(
     image: str | None = None,
     out: Path | None = None,
     batch_size: int = 32,
+    flip: bool = False,
 ) -> None:
     """Score a model on labelled rows: the test part of the data, or its only one.
 
@@ -103,6 +104,7 @@ def evaluate(
         image: Column of the image path; by default found.
         out: JSON file to write the scores to, with the rows that were left out.
         batch_size: Rows at once.
+        flip: Also score each picture together with its mirror image (test-time augmentation).
     """
     from finetune.output.predict import load
     from finetune.output.verbs import evaluate_on, trained_columns
@@ -117,6 +119,7 @@ def evaluate(
         columns=columns,
         usual=trained_columns(model),
         batch_size=batch_size,
+        flip=flip,
     )
     print("\n".join(found.lines()))
     if out is not None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import rich.console
 
-from finetune.console import Console, main_metric, shown
+from finetune.console import Console, headline, shown
 
 
 def test_lines_and_no_bar_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,5 +54,7 @@ def test_a_bar_on_a_terminal_goes_when_its_stage_ends(monkeypatch: pytest.Monkey
     ],
 )
 def test_the_metric_that_counts(metrics: dict[str, Any], expected: str | None) -> None:
-    found = main_metric(metrics)
+    found = headline(metrics)
     assert (None if found is None else shown(*found)) == expected
+    assert headline({"accuracy": 0.1, "f1_macro": 0.2}, "f1_macro") == ("f1_macro", 0.2)
+    assert headline({"accuracy": 0.1}, "f1_macro") == ("accuracy", 0.1)

@@ -98,14 +98,17 @@ def softmax(z: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=-1, keepdims=True)
 
 
+MAIN = {
+    "single_label_classification": ("accuracy", 1),
+    "multi_label_classification": ("f1_macro", 1),
+    "regression": ("rmse", -1),
+    "token_classification": ("f1", 1),
+}
+
+
 def main_metric(task: Task) -> tuple[str, int]:
     """Return the metric that decides, and +1 where higher is better, -1 where lower is."""
-    return {
-        "single_label_classification": ("accuracy", 1),
-        "multi_label_classification": ("f1_macro", 1),
-        "regression": ("rmse", -1),
-        "token_classification": ("f1", 1),
-    }[task.kind]
+    return MAIN[task.kind]
 
 
 def metrics(task: Task, logits: Any, targets: Any) -> Metrics:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.task import MAIN
 from finetune.errors import RunError, without_secrets
 from finetune.model.fetch import read_notes
 from finetune.output.interval import Interval, of_test_rows, wilson
-from finetune.output.report import BASELINE, MAIN, read_run
+from finetune.output.report import BASELINE, read_run
 from finetune.output.tally import Tally, Tested, baseline
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -149,7 +150,7 @@ class Facts:
     def main(self) -> str | None:
         """The metric that the result is told in."""
         names = list(self.metrics.get(self.split, {}))
-        wanted = MAIN.get(self.kind)
+        wanted = MAIN.get(self.kind, (None, 0))[0]
         return wanted if wanted in names else next((name for name in names if name != "loss"), None)
 
     @cached_property

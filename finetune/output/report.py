@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from finetune.data.task import MAIN
 from finetune.errors import FinetuneError, RunError
 from finetune.output import plots
 from finetune.output.interval import of_test_rows, wilson
@@ -23,12 +24,6 @@ from finetune.output.mistakes import read_mistakes
 from finetune.output.plots import Curves, Plot
 from finetune.output.tally import Tally, Tested, baseline
 
-MAIN = {
-    "single_label_classification": "accuracy",
-    "multi_label_classification": "f1_macro",
-    "regression": "rmse",
-    "token_classification": "f1",
-}
 BASELINE = {
     "single_label_classification": "majority class",
     "multi_label_classification": "commonest labels",
@@ -140,7 +135,7 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         for name, values in metrics.items()
     }
     shown = list(dict.fromkeys(name for values in figures.values() for name in values))
-    main = MAIN[kind] if MAIN[kind] in shown else next((name for name in shown if name != "loss"), None)
+    main = MAIN[kind][0] if MAIN[kind][0] in shown else next((name for name in shown if name != "loss"), None)
     classes, history = _class_rows(tally, labels, train), lasting(record.get("history", []))
     _write_tables(folder / "plots", history, classes)
     named = str(record["backbone"]["name"])

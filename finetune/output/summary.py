@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.console import SHARES, main_metric, shown
+from finetune.console import SHARES, headline, shown
+from finetune.data.task import MAIN
 from finetune.output.interval import wilson
 
 
@@ -14,7 +15,7 @@ def result_lines(record: dict[str, Any], folder: Path) -> list[str]:
     weakest class, and what to do next."""
     split = "test" if "test" in record["metrics"] else "valid"
     metrics, rows = record["metrics"][split], record["data"]["counts"][split]
-    main = main_metric(metrics)
+    main = headline(metrics, MAIN[record["task"]["kind"]][0])
     where = f"on {rows:,} {'test' if split == 'test' else 'validation'} rows"
     if main is None:
         said = f"loss {metrics['loss']:.4g} {where}"

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import torch
+from datasets import Dataset
 
 from finetune.data.checks import LeftOut, scan
 from finetune.data.labels import encode_cell, multi_hot, tags
-from finetune.data.loaders import text_lengths
+from finetune.data.loaders import Batch, make_loader, text_lengths
 from finetune.data.sources import read
 from finetune.data.splits import Encoded, canonical
 from finetune.data.tables import TABLE_SUFFIXES, Part, Roles, find_roles
@@ -26,7 +28,7 @@ from finetune.output.inputs import is_table
 from finetune.output.interval import Interval, of_classes, of_values, wilson
 from finetune.output.predict import Prediction, Predictor
 from finetune.output.report import read_run, readable
-from finetune.train.evaluate import Evaluation, evaluate
+from finetune.train.evaluate import Evaluation, as_float, evaluate
 from finetune.train.processes import start_processes
 
 SEVERAL = ("multi_label_classification", "regression")  # kinds whose labels may be the names of columns
@@ -151,6 +153,7 @@ class Measured:
         main: The metric that the task is told in.
         interval: 95 % interval of it.
         left_out: Rows that could not be scored, and why.
+        mirrored: The numbers among the metrics with each picture's mirror image taken into account, if asked for.
     """
 
     source: str
@@ -159,6 +162,7 @@ class Measured:
     main: str
     interval: Interval | None
     left_out: tuple[LeftOut, ...]
+    mirrored: dict[str, float] | None = None
 
     def lines(self) -> list[str]:
         """For the console."""
@@ -171,7 +175,8 @@ class Measured:
                 between = ""
                 if name == self.main and self.interval is not None:
                     between = f"   (95 % interval {self.interval[0]:.4g} to {self.interval[1]:.4g})"
-                out.append(f"{name:<9} {value:.4g}{between}")
+                beside = f"   with its mirror image {self.mirrored[name]:.4g}" if self.mirrored else ""
+                out.append(f"{name:<9} {value:.4g}{between}{beside}")
         return out
 
     def to_json(self) -> dict[str, Any]:
@@ -188,6 +193,7 @@ def evaluate_on(
     columns: Mapping[str, str] | None = None,
     usual: Mapping[str, str] | None = None,
     batch_size: int = 32,
+    flip: bool = False,
 ) -> Measured:
     """Score a model on labelled rows: the test part of `data`, or its only one.
 
@@ -198,9 +204,10 @@ def evaluate_on(
         columns: Role ("text", "text_pair", "image", "tokens") -> column; by default found as in training.
         usual: The same and "label" of the data that the model was trained on, used where there are such columns.
         batch_size: Examples at once.
+        flip: Also score the mean of the logits of each picture and of its mirror image.
 
     Raises:
-        DataError: The data cannot be read, or no row has a label that the model knows.
+        DataError: The data cannot be read, or no row has a label that the model knows; `flip` of texts.
         RunError: The model's outputs are those of a head of its maker's own, which needs its own scores.
     """
     pretrained, task = predictor.pretrained, predictor.task
@@ -225,19 +232,38 @@ def evaluate_on(
     encoded = _encode(part, roles, task)
     dataset = canonical(encoded, roles, task)
     lengths = text_lengths(dataset, task, pretrained.processor) if task.modality == "text" else None  # type: ignore[arg-type]
-    found = evaluate(
-        pretrained,
-        dataset,
-        task,
-        replace(start_processes(), precision="fp32"),
-        loss=default_loss(task),
-        batch_size=batch_size,
-        lengths=lengths,
-    )
+    if flip and task.modality != "image":
+        raise DataError("flip: only pictures have a mirror image; leave it out for texts")
+    processes = replace(start_processes(), precision="fp32")
+    options: dict[str, Any] = {"loss": default_loss(task), "batch_size": batch_size, "lengths": lengths}
+    found = evaluate(pretrained, dataset, task, processes, **options)
+    mirrored = None
+    if flip:
+        both = evaluate(pretrained, dataset, task, processes, replayed=Mirrored(predictor, dataset), **options)
+        mirrored = {name: value for name, value in both.metrics.items() if isinstance(value, int | float)}
     reasons = [(encoded.part.ids[row], reason) for row, reason in sorted(encoded.scan.reasons.items())]
     left_out = tuple(LeftOut(row, name, reason) for row, reason in [*part.left_out, *reasons])
     main = main_metric(task)[0]
-    return Measured(part.where, len(dataset), found.metrics, main, _interval(task, found, main), left_out)
+    return Measured(part.where, len(dataset), found.metrics, main, _interval(task, found, main), left_out, mirrored)
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """Batches of pictures, and for each the mean of what the model says of it and of its mirror image."""
+
+    predictor: Predictor
+    dataset: Dataset
+
+    def loader(self, batches: list[list[int]]) -> Iterable[Batch]:
+        """One batch for each list of rows."""
+        processor: Any = self.predictor.pretrained.processor
+        return make_loader(self.dataset, self.predictor.task, processor, batches, train=False)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits or values [B, C]."""
+        model = self.predictor.pretrained
+        turned = {name: value.flip(-1) if value.ndim == 4 else value for name, value in batch.inputs.items()}
+        return (as_float(model.forward(batch.inputs)) + as_float(model.forward(turned))) / 2
 
 
 def trained_columns(model: str) -> dict[str, str]:

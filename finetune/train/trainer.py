@@ -15,11 +15,11 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 
-from finetune.console import main_metric, shown
+from finetune.console import headline, shown
 from finetune.data.decoded import DecodedCache
 from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
 from finetune.data.splits import Splits
-from finetune.data.task import units
+from finetune.data.task import main_metric, units
 from finetune.errors import DataError, PlanError, RunError
 from finetune.model.groups import LayerGroups, set_mode, set_trainable
 from finetune.model.pretrained import Pretrained
@@ -201,7 +201,7 @@ class Trainer:
         valid = self.head = self.remember_epoch("head", solved.log_loss)
         self.head_weights = self.best_weights
         self.say(
-            f"Baseline  linear probe on frozen features: {_figures(valid)} on validation, after "
+            f"Baseline  linear probe on frozen features: {self.figures(valid)} on validation, after "
             f"{_clock(self.head_seconds)}; training starts from it and has to beat it"
         )
 
@@ -437,7 +437,7 @@ class Trainer:
         train_loss, self.progress.epoch_losses = sum(losses) / len(losses), []
         valid = self.remember_epoch(name, train_loss)
         self.say(
-            f"{name:<9} {epoch}/{epochs}   loss {train_loss:.3f}   validation: {_figures(valid)}   "
+            f"{name:<9} {epoch}/{epochs}   loss {train_loss:.3f}   validation: {self.figures(valid)}   "
             f"{_clock(self.progress.stage_seconds[stage])}"
         )
 
@@ -464,6 +464,11 @@ class Trainer:
         else:
             self.progress.stale += 1
         return valid
+
+    def figures(self, valid: Evaluation) -> str:
+        """What counts of an evaluation, in words."""
+        main = headline(valid.metrics, main_metric(self.splits.task)[0])
+        return f"loss {valid.loss:.3f}" if main is None else f"{shown(*main)}, loss {valid.loss:.3f}"
 
     def evaluate(self, dataset: Dataset | None = None) -> Evaluation:
         """Evaluate a data set, by default the validation part, with the weights as they are."""
@@ -590,11 +595,6 @@ def without_remainder(order: list[list[int]], batch_size: int) -> list[list[int]
 
 def _kept(best: dict[str, Any]) -> str:
     return f"epoch {best['epoch']}" if best["epoch"] else "solved head"
-
-
-def _figures(valid: Evaluation) -> str:
-    main = main_metric(valid.metrics)
-    return f"loss {valid.loss:.3f}" if main is None else f"{shown(*main)}, loss {valid.loss:.3f}"
 
 
 def _clock(seconds: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 from sklearn.metrics import accuracy_score, f1_score, root_mean_squared_error
 from torch import nn
 
@@ -185,6 +186,32 @@ def test_scores_of_texts(bert: Path, tmp_path: Path) -> None:
     assert found.metrics["accuracy"] == pytest.approx(right) and found.main == "f1"  # type: ignore[attr-defined]
 
 
+def test_pictures_with_their_mirror_images(colours: Path, squares: Path) -> None:
+    """The mean of the logits of both; of pictures that are their own mirror image, the same."""
+    predictor = load(colours)
+    files = [squares / "test" / name / f"{i}.png" for name in ("red", "blue") for i in range(4)]
+    listed = [[str(file.relative_to(squares)), file.parent.name] for file in files]
+    data = table(squares / "mirrored.csv", ["file_name", "label"], *listed)
+    found = measured(predictor, data, flip=True)
+    logits = []
+    for file in files:
+        picture = Image.open(file).convert("RGB")
+        for each in (picture, ImageOps.mirror(picture)):
+            share = predictor.predict(each)[0].probabilities or {}
+            logits.append(np.log([share[name] for name in ("blue", "green", "red")]))
+    means = np.array(logits).reshape(len(files), 2, 3).mean(axis=1)
+    expected = np.mean(
+        [("blue", "green", "red")[row.argmax()] == f.parent.name for row, f in zip(means, files, strict=True)]
+    )
+    true = [("blue", "green", "red").index(file.parent.name) for file in files]
+    surprise = -np.mean([row[t] - np.log(np.exp(row).sum()) for row, t in zip(means, true, strict=True)])
+    assert found.mirrored["accuracy"] == pytest.approx(expected)  # type: ignore[attr-defined]
+    assert found.mirrored["log_loss"] == pytest.approx(surprise, rel=1e-3)  # type: ignore[attr-defined]
+    assert found.mirrored["log_loss"] != found.metrics["log_loss"]  # type: ignore[attr-defined]
+    assert any("with its mirror image" in line for line in found.lines())  # type: ignore[attr-defined]
+    assert measured(predictor, data).mirrored is None  # type: ignore[attr-defined]
+
+
 def test_what_cannot_be_scored(bert: Path, tmp_path: Path) -> None:
     predictor = load(text_model(bert, tmp_path, SINGLE, "bad", "good"))
     data = table(tmp_path / "d.csv", ["text", "label"], ["a film", "yes"], ["the story", "no"])
@@ -195,6 +222,8 @@ def test_what_cannot_be_scored(bert: Path, tmp_path: Path) -> None:
     own = Predictor(load_backbone(bert, head=lambda features: nn.Linear(features, 2), modality="text"), predictor.task)
     with pytest.raises(RunError, match="^evaluate: the head is its maker's own"):
         measured(own, data)
+    with pytest.raises(DataError, match="flip: only pictures have a mirror image"):
+        measured(predictor, table(tmp_path / "e.csv", ["text", "label"], ["a film", "good"]), flip=True)
 
 
 def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
