@@ -19,11 +19,13 @@ from finetune.data.checks import (
     word_lengths,
 )
 from finetune.data.draw import draw
-from finetune.data.labels import as_list, classes_of, count_classes, encode_cell, make_task, multi_hot, tags
+from finetune.data.labels import as_list, as_number, classes_of, count_classes, encode_cell, make_task, multi_hot, tags
 from finetune.data.shards import is_member, is_remote, read_member
 from finetune.data.tables import Part, Roles
 from finetune.data.task import Task
 from finetune.errors import DataError
+
+MOST_ALONE = 3  # classes with one example that are named
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,21 @@ def describe(
         first = conflicts[0][0]
         other = next(row for row in conflicts[0] if train.targets[row] != train.targets[first])
         warnings.append(f"{len(conflicts)} inputs have several labels, for instance {ids[first]} and {ids[other]}.")
-    for label, count in count_classes(train.targets, task).items():
+    by_class = count_classes(train.targets, task)
+    numbers = all(as_number(label) is not None for label in task.labels)
+    if task.kind == "single_label_classification" and numbers and 2 * len(by_class) > len(ids):
+        warnings.append(
+            f"{len(by_class)} different numbers in {len(ids)} rows look like quantities, not classes; "
+            'task="regression" predicts them.'
+        )
+    if task.kind == "regression" and all(float(v).is_integer() for row in train.targets for v in row):
+        warnings.append(
+            "The labels are taken as quantities (regression); if they are classes, give task='single_label'."
+        )
+    alone = [label for label, count in by_class.items() if count == 1 and task.kind != "token_classification"]
+    for label, count in by_class.items():
+        if count == 1 and label in alone[MOST_ALONE:]:
+            continue
         if count == 1 and task.kind != "token_classification":
             i = task.labels.index(label)
             only = next(ids[k] for k, target in enumerate(train.targets) if i in classes_of(target, task))
@@ -227,6 +243,8 @@ def describe(
             warnings.append(f"Class {label!r} has no example in train; it will never be predicted.")
         elif task.kind == "multi_label_classification" and count == len(ids):
             warnings.append(f"Label {label!r} is on in every row of train; nothing is learned about it.")
+    if len(alone) > MOST_ALONE:
+        warnings.append(f"{len(alone) - MOST_ALONE} more classes have one example.")
     if task.kind == "single_label_classification":
         counts = sorted((count, label) for label, count in count_classes(train.targets, task).items() if count)
         if counts[-1][0] >= 20 * counts[0][0]:

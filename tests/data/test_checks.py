@@ -270,3 +270,21 @@ def test_a_picture_that_a_parquet_file_leaves_out(folder: Make, tmp_path: Path):
     data.to_parquet(root / "train.parquet")
     report = load_images(root / "train.parquet").report
     assert reasons(report) == {"train.parquet:1": "no image"}
+
+
+def test_labels_that_look_like_quantities(table: Make):
+    rows = "\n".join(["text,label", *(f"text {i},{i / 7:.3f}" for i in range(40)), "one,0.5", "two,0.5"])
+    assert load_table(table(rows)).task.kind == "regression"
+    splits = load_table(table(rows), task="single_label")
+    assert splits.report.warnings[0] == (
+        '41 different numbers in 42 rows look like quantities, not classes; task="regression" predicts them.'
+    )
+    assert sum("has one example" in warning for warning in splits.report.warnings) == 3
+    assert "37 more classes have one example." in splits.report.warnings
+    whole = load_table(table("\n".join(["text,label", *(f"text {i},{i * 3}" for i in range(40))])))
+    assert whole.task.kind == "regression"
+    assert whole.report.warnings == (
+        "The labels are taken as quantities (regression); if they are classes, give task='single_label'.",
+    )
+    stars = load_table(table("\n".join(["text,label", *(f"text {i},{1 + i % 5}" for i in range(40))])))
+    assert stars.task.kind == "single_label_classification" and stars.report.warnings == ()
