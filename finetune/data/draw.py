@@ -32,7 +32,11 @@ def draw(keys: Sequence[str], targets: list[Any], task: Task, seed: int) -> set[
     strata: defaultdict[Any, list[list[int]]] = defaultdict(list)
     for members in groups.values():
         strata[names[members[0]]].append(members)
-    chosen = set(stratified(strata, wanted / n, wanted, np.random.default_rng(seed)))
+    # A crowd of copies stays in train, unless all there is are crowds.
+    drawn = (
+        stratified(strata, wanted / n, wanted, np.random.default_rng(seed), most) for most in (wanted // 10, wanted)
+    )
+    chosen = set(next(filter(None, drawn), []))
     if task.kind != "regression":
         keep_classes(targets, task, chosen, keys)
     return chosen
@@ -50,8 +54,11 @@ def stratum_of_rows(targets: list[Any], task: Task, bins: int) -> list[Any]:
     return [min(row, key=lambda i: (counts[i], i), default=-1) for row in sets]
 
 
-def stratified(strata: dict[Any, list[list[int]]], share: float, wanted: int, rng: np.random.Generator) -> list[int]:
-    """Draw groups of rows: about `share` of each stratum, `wanted` in all, and never the last group of a stratum."""
+def stratified(
+    strata: dict[Any, list[list[int]]], share: float, wanted: int, rng: np.random.Generator, most: int
+) -> list[int]:
+    """Draw groups of at most `most` rows: about `share` of each stratum, `wanted` in all, and never the last group of a
+    stratum."""
     quotas = {name: len(groups) * share for name, groups in strata.items()}
     counts = {name: int(quota) for name, quota in quotas.items()}
     spare = min(round(sum(quotas.values())) or 1, wanted) - sum(counts.values())
@@ -61,7 +68,7 @@ def stratified(strata: dict[Any, list[list[int]]], share: float, wanted: int, rn
     chosen: list[int] = []
     for name, groups in strata.items():
         order = rng.permutation(len(groups))
-        small = [groups[i] for i in order if len(groups[i]) <= max(1, wanted // 10)]  # a crowd of copies stays in train
+        small = [groups[i] for i in order if len(groups[i]) <= max(1, most)]
         chosen += [k for members in small[: counts[name]] for k in members]
     return chosen
 

@@ -22,6 +22,7 @@ from finetune.output import plots
 from finetune.output.interval import of_test_rows, wilson
 from finetune.output.mistakes import read_mistakes
 from finetune.output.plots import Curves, Plot
+from finetune.output.summary import nothing_learnt
 from finetune.output.tally import Tally, Tested, baseline
 
 BASELINE = {
@@ -176,7 +177,7 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 def _troubles(record: dict[str, Any]) -> list[str]:
     """What training got over, in sentences."""
-    said = []
+    said = [sentence[0].upper() + sentence[1:] + "." for sentence in [nothing_learnt(record)] if sentence]
     for rewind in record.get("rewinds", []):
         stage = record["stages"][rewind["stage"]]["name"] if record.get("stages") else f"stage {rewind['stage'] + 1}"
         said.append(

@@ -29,6 +29,8 @@ def result_lines(record: dict[str, Any], folder: Path) -> list[str]:
         f"Result    {said}   ({record['seconds']['total']:.0f} s, weights: {record['kept']})",
         *weakest(metrics, record["task"].get("labels") or []),
     ]
+    if warning := nothing_learnt(record):
+        lines.append(f"Warning   {warning}")
     return [*lines, f"Saved     {folder / 'model'}"]
 
 
@@ -41,6 +43,31 @@ def _gain(record: dict[str, Any], metric: str) -> str:
     points = 100 * (now - probe)
     than = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if abs(points) >= 0.05 else "level with"
     return f"; {than} the linear probe on validation"
+
+
+def nothing_learnt(record: dict[str, Any]) -> str:
+    """A sentence where the model is no better than always giving the same answer, else ""."""
+    split = "test" if "test" in record["metrics"] else "valid"
+    metrics, rows = record["metrics"].get(split, {}), record["data"]["counts"].get(split, 0)
+    if record["task"]["kind"] == "regression" and rows:
+        r2 = metrics.get("r2")
+        same = "the mean for every row" if r2 is not None and r2 <= 0 else ""
+        found = f"r2 {r2:.3g}" if same else ""
+    else:
+        confusion = np.asarray(metrics.get("confusion", []))
+        if confusion.ndim != 2 or not confusion.sum() or len(confusion) < 2:
+            return ""
+        share, most = confusion.trace() / confusion.sum(), confusion.sum(axis=1).max() / confusion.sum()
+        chance = np.sqrt(max(most * (1 - most), 1e-9) / confusion.sum())  # standard error of the trivial answer's score
+        label = record["task"]["labels"][int(confusion.sum(axis=1).argmax())]
+        same = f"{label!r} for every row ({100 * most:.1f} %)" if share < most + 2 * chance and share < 1 else ""
+        found = f"accuracy {100 * share:.1f} %"
+    if not same:
+        return ""
+    return (
+        f"nothing learnable found: {found} on {rows} {'test' if split == 'test' else 'validation'} rows is no better, "
+        f"within chance, than {same}; look at the labels, or give more rows"
+    )
 
 
 def weakest(metrics: dict[str, Any], labels: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune.output.summary import result_lines, weakest
+from finetune.output.summary import nothing_learnt, result_lines, weakest
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -61,3 +61,35 @@ def test_a_perfect_model_has_no_weakest_class() -> None:
     assert weakest({"confusion": [[0, 0], [1, 4]]}, ["a", "b"]) == [
         "          weakest: b, 80 % recognised, mostly taken for a"
     ]
+
+
+@pytest.mark.parametrize(
+    ("confusion", "said"),
+    [
+        (
+            [[26, 24], [25, 25]],
+            "accuracy 51.0 % on 100 test rows is no better, within chance, than 'a' for every row (50.0 %)",
+        ),
+        (
+            [[90, 0], [10, 0]],
+            "accuracy 90.0 % on 100 test rows is no better, within chance, than 'a' for every row (90.0 %)",
+        ),
+        ([[40, 10], [10, 40]], ""),
+        ([[50, 0], [0, 50]], ""),
+    ],
+)
+def test_nothing_learnt(confusion: list[list[int]], said: str) -> None:
+    found = record(task={"kind": "single_label_classification", "labels": ["a", "b"]})
+    found["metrics"]["test"] = {"accuracy": 0.5, "confusion": confusion, "loss": 1.0}
+    assert nothing_learnt(found) == (
+        f"nothing learnable found: {said}; look at the labels, or give more rows" if said else ""
+    )
+    assert any(line.startswith("Warning   nothing") for line in result_lines(found, Path("x"))) == bool(said)
+
+
+def test_nothing_learnt_of_numbers() -> None:
+    found = record(task={"kind": "regression", "labels": ["size"]})
+    found["metrics"]["test"] = {"r2": -0.01, "loss": 1.0}
+    assert "r2 -0.01 on 100 test rows is no better, within chance, than the mean" in nothing_learnt(found)
+    found["metrics"]["test"]["r2"] = 0.4
+    assert nothing_learnt(found) == ""
