@@ -25,6 +25,7 @@ _HOMES = {
     "layer_groups": "finetune.model.groups",
     "LayerGroup": "finetune.model.groups",
     "LayerGroups": "finetune.model.groups",
+    "replay": "finetune.model.own_loop",
     "geometric_rates": "finetune.plan.rates",
     "param_groups": "finetune.plan.rates",
     "OneCycle": "finetune.plan.onecycle",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from finetune.fitting import fit
     from finetune.model.backbones import load_backbone
     from finetune.model.groups import LayerGroup, LayerGroups, layer_groups
+    from finetune.model.own_loop import replay
     from finetune.model.pretrained import Preprocessing, Pretrained
     from finetune.output.predict import load
     from finetune.plan.gradients import GradientReport, gradient_report

@@ -26,7 +26,7 @@ NAMES = [
     "LinearDecay", "OneCycle", "Plan", "PlanError", "Preprocessing", "Pretrained", "RangeTest", "Run", "RunError",
     "Settings", "Splits", "Stage", "Task", "choose_settings", "cli", "fit", "geometric_rates", "gradient_report",
     "gradual_unfreezing", "layer_groups", "load", "load_backbone", "load_dataset", "load_images", "load_table",
-    "param_groups", "range_test",
+    "param_groups", "range_test", "replay",
 ]  # fmt: skip
 
 

@@ -202,7 +202,7 @@ class Trainer:
         self.head_weights = self.best_weights
         self.say(
             f"Baseline  linear probe on frozen features: {self.figures(valid)} on validation, after "
-            f"{_clock(self.head_seconds)}; training starts from it and has to beat it"
+            f"{_clock(self.head_seconds)}"
         )
 
     def run_stage(self, index: int) -> None:

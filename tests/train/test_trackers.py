@@ -11,7 +11,7 @@ import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 import finetune
-from finetune import preparing
+from finetune import preparing, verbs_train
 from finetune.data.splits import Splits
 from finetune.errors import PlanError
 from finetune.plan.stages import Point
@@ -22,6 +22,8 @@ from finetune.train.steplog import READ_BACK, StepLog
 from finetune.train.trackers import Trackers, check_names
 from tests.test_fit import Ctrl
 from tests.train.runs import steps
+
+pytest.importorskip("tensorboard", reason="tensorboard is not installed; it is in the extra [dev]")
 
 ASKED: dict[str, Any] = {"epochs": 4, "batch_size": 8, "seed": 1, "save_steps": 4}
 CURVES = {
@@ -224,6 +226,11 @@ def test_names_are_checked_before_anything_is_done(noting: type[Noting], tmp_pat
     with pytest.raises(PlanError, match=r"^trackers: dvclive is not installed; pip install dvclive"):
         check_names("dvclive")
     assert not (tmp_path / "run").exists() and json.dumps(noting.told) == "[]"
+
+
+def test_the_command_line_takes_them(squares: Path, resnet: Path, tmp_path: Path) -> None:
+    verbs_train.fit(str(squares), str(resnet), out=tmp_path / "run", epochs=1, batch_size=8, trackers=("tensorboard",))
+    assert tensorboard(tmp_path / "run" / "tensorboard")["test/accuracy"]
 
 
 def test_plain_runs_track_nothing(square_splits: Splits, resnet: Path, tmp_path: Path) -> None:
