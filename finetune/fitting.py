@@ -134,6 +134,7 @@ def fit(
 
     setup_began = time.monotonic() - started
     with ExitStack() as stack:
+        stack.push(lambda kind, *_: release(folder) if kind is not None else None)  # others may write to it then
         ready = prepare(
             splits, backbone, processes, stack, given=given, head=head, loss=loss, plan=plan, groups=groups,
             minutes=minutes, image_size=image_size, seed=seed, started=started, say=say,
@@ -200,6 +201,7 @@ def fit(
             held_out |= {"test": (splits.test, test)} if splits.test is not None else {}
             keep_mistakes(folder / "predictions", splits.task, held_out)
         except (OSError, SafetensorError) as error:
+            release(folder)
             raise RunError(
                 f"{folder}: the model cannot be written ({error}); make room, and give the same command again: it goes "
                 "on from the last checkpoint"
