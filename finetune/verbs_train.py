@@ -20,6 +20,7 @@ def fit(
     text: str | None = None,
     text_pair: str | None = None,
     image: str | None = None,
+    group: str | None = None,
     test: str | None = None,
     minutes: float | None = None,
     epochs: float | None = None,
@@ -42,6 +43,7 @@ def fit(
         text: Column of the text; by default found.
         text_pair: Column of the second text of a pair.
         image: Column of the image path; by default found.
+        group: Column, such as a patient: rows that agree in it are never both trained and validated on.
         test: Rows to report on; by default the `test` part of the data.
         minutes: Time that training may take.
         epochs: Passes over the training rows.
@@ -56,7 +58,7 @@ def fit(
     """
     import finetune
 
-    splits = _splits(data, label, text, text_pair, image, test, seed)
+    splits = _splits(data, label, text, text_pair, image, test, seed, group)
     run = finetune.fit(
         splits,
         backbone or BACKBONES[splits.task.modality],
@@ -146,6 +148,7 @@ def plan(
     text: str | None = None,
     text_pair: str | None = None,
     image: str | None = None,
+    group: str | None = None,
     test: str | None = None,
     minutes: float | None = None,
     epochs: float | None = None,
@@ -163,6 +166,7 @@ def plan(
         text: Column of the text; by default found.
         text_pair: Column of the second text of a pair.
         image: Column of the image path; by default found.
+        group: Column, such as a patient: rows that agree in it are never both trained and validated on.
         test: Rows to report on; by default the `test` part of the data.
         minutes: Time that training may take.
         epochs: Passes over the training rows.
@@ -175,7 +179,7 @@ def plan(
     from finetune.preparing import data_lines, prepare, stage_seconds
     from finetune.train.processes import start_processes
 
-    splits = _splits(data, label, text, text_pair, image, test, seed)
+    splits = _splits(data, label, text, text_pair, image, test, seed, group)
     print("\n".join(data_lines(splits)))
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
     with ExitStack() as stack:
@@ -277,10 +281,11 @@ def _splits(
     image: str | None,
     test: str | None,
     seed: int,
+    group: str | None = None,
 ) -> Any:
     """The data, with the columns that were named."""
     from finetune.data.sources import load_table
 
-    columns = {"text": text, "text_pair": text_pair, "image": image, "test": test}
+    columns = {"text": text, "text_pair": text_pair, "image": image, "test": test, "group": group}
     labels = None if not label else label[0] if len(label) == 1 else list(label)
     return load_table(data, label=labels, seed=seed, **{k: v for k, v in columns.items() if v is not None})  # type: ignore[arg-type]

@@ -1,15 +1,19 @@
 """Rows of train go in; which of them to validate on comes out: stratified, seeded, repeats kept together."""
 
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from finetune.data.labels import classes_of
 from finetune.data.task import Task
 
 SHARE, SHARE_SMALL, SMALL, MOST = 0.15, 0.20, 200, 2000  # 15 % of the rows; 20 % of fewer than 200; at most 2000
+VALID_PARTS = 6  # with groups, one part of so many is for validation
 
 
 def draw(keys: Sequence[str], targets: list[Any], task: Task, seed: int) -> set[int]:
@@ -82,3 +86,31 @@ def keep_classes(targets: list[Any], task: Task, chosen: set[int], keys: Sequenc
             back = {j for j in chosen if keys[j] == keys[k]}
             chosen -= back
             kept |= set().union(*(rows[j] for j in back))
+
+
+def tied(keys: list[str], groups: list[Any] | None) -> list[int]:
+    """A number for each row; rows with the same key or the same group, or tied by others that are, have the same."""
+    ties = [np.unique(keys, return_inverse=True)[1]]
+    if groups is not None:
+        ties.append(np.unique(list(map(str, groups)), return_inverse=True)[1])
+    n, nodes, edges = len(keys), len(keys), []
+    for tie in ties:
+        edges.append((np.arange(n), nodes + tie))
+        nodes += int(tie.max()) + 1
+    ends = [np.concatenate([edge[side] for edge in edges]) for side in (0, 1)]
+    links = coo_array((np.ones(len(ends[0])), (ends[0], ends[1])), shape=(nodes, nodes))
+    return connected_components(links, directed=False)[1][:n].tolist()
+
+
+def divided(strata: list[Any], together: list[int], count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rest, held out) of each fold, as positions."""
+    names = {name: number for number, name in enumerate(dict.fromkeys(strata))}
+    numbers = np.array([names[name] for name in strata])
+    if np.bincount(numbers).max() < count:  # scikit-learn refuses that: no class is in every fold
+        numbers = np.zeros_like(numbers)
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    divider = StratifiedGroupKFold(n_splits=count, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")
+        yield from divider.split(np.zeros(len(strata)), numbers, together)

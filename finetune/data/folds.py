@@ -1,24 +1,19 @@
 """Splits go in; k splits over the same rows come out, in each of which another part is held out as its test."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import datasets
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import StratifiedGroupKFold
 
-from finetune.data.draw import draw, stratum_of_rows
+from finetune.data.draw import VALID_PARTS, divided, draw, stratum_of_rows, tied
 from finetune.data.labels import count_classes
 from finetune.data.sources import Source, read, shown
 from finetune.data.splits import Splits, image_digest
 from finetune.errors import DataError
 
 BINS = 10  # ranges of a regression target that folds are balanced over
-VALID = 6  # with groups, one in so many parts of what a fold trains on is for validation
 
 
 def folds(splits: Splits, count: int = 5, *, groups: Mapping[str, Any] | None = None, seed: int = 0) -> list[Splits]:
@@ -41,7 +36,7 @@ def folds(splits: Splits, count: int = 5, *, groups: Mapping[str, Any] | None = 
     targets, ids = rows["target"][:], rows["id"][:]
     if groups is not None and (missing := [name for name in ids if name not in groups]):
         raise DataError(f"groups: {len(missing)} rows have none, {missing[0]} among them; give one for every row")
-    together = _together(_keys(rows), None if groups is None else [groups[name] for name in ids])
+    together = tied(_keys(rows), None if groups is None else [groups[name] for name in ids])
     parts = len(set(together))
     if not 2 <= count <= parts:
         what = "different rows" if groups is None else "groups of rows"
@@ -50,13 +45,13 @@ def folds(splits: Splits, count: int = 5, *, groups: Mapping[str, Any] | None = 
         )
     strata = stratum_of_rows(targets, splits.task, BINS)
     made = []
-    for number, (rest, held) in enumerate(_divided(strata, together, count, seed), start=1):
+    for number, (rest, held) in enumerate(divided(strata, together, count, seed), start=1):
         if groups is None:
             drawn = draw([str(together[k]) for k in rest], [targets[k] for k in rest], splits.task, seed)
             inner = np.array(sorted(drawn), dtype=int)
         else:
-            least = min(VALID, len({together[k] for k in rest}))
-            inner = next(_divided([strata[k] for k in rest], [together[k] for k in rest], max(2, least), seed))[1]
+            least = min(VALID_PARTS, len({together[k] for k in rest}))
+            inner = next(divided([strata[k] for k in rest], [together[k] for k in rest], max(2, least), seed))[1]
         train, valid = rows.select(np.delete(rest, inner)), rows.select(rest[inner])
         if not len(train) or not len(valid):
             raise DataError(f"folds={count}: nothing is left to train on, or to validate on, in fold {number}")
@@ -93,29 +88,3 @@ def _keys(rows: datasets.Dataset) -> list[str]:
         repr([row[name] for name in ("text", "text_pair", "tokens") if name in row])
         for row in rows.remove_columns("id")
     ]
-
-
-def _together(keys: list[str], groups: list[Any] | None) -> list[int]:
-    """A number for each row; rows with the same key or the same group, or tied by others that are, have the same."""
-    ties = [np.unique(keys, return_inverse=True)[1]]
-    if groups is not None:
-        ties.append(np.unique(list(map(str, groups)), return_inverse=True)[1])
-    n, nodes, edges = len(keys), len(keys), []
-    for tie in ties:
-        edges.append((np.arange(n), nodes + tie))
-        nodes += int(tie.max()) + 1
-    ends = [np.concatenate([edge[side] for edge in edges]) for side in (0, 1)]
-    links = coo_array((np.ones(len(ends[0])), (ends[0], ends[1])), shape=(nodes, nodes))
-    return connected_components(links, directed=False)[1][:n].tolist()
-
-
-def _divided(strata: list[Any], together: list[int], count: int, seed: int) -> Any:
-    """(rest, held out) of each fold, as positions."""
-    names = {name: number for number, name in enumerate(dict.fromkeys(strata))}
-    numbers = np.array([names[name] for name in strata])
-    if np.bincount(numbers).max() < count:  # scikit-learn refuses that: no class is in every fold
-        numbers = np.zeros_like(numbers)
-    divider = StratifiedGroupKFold(n_splits=count, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")
-        yield from divider.split(np.zeros(len(strata)), numbers, together)

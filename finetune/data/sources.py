@@ -13,7 +13,7 @@ import huggingface_hub
 
 from finetune.data.shards import find_shards, is_shards, read_shards, split_shards
 from finetune.data.splits import Splits, build
-from finetune.data.tables import IMAGE_SUFFIXES, TABLE_SUFFIXES, Part, find_roles, read_table
+from finetune.data.tables import IMAGE_SUFFIXES, TABLE_SUFFIXES, Part, find_roles, listed, read_table
 from finetune.errors import DataError
 
 Source: TypeAlias = str | Path | datasets.Dataset | datasets.DatasetDict
@@ -35,6 +35,7 @@ def load_images(
     label: str | Sequence[str] | None = None,
     task: str | None = None,
     image: str | None = None,
+    group: str | None = None,
     seed: int = 0,
 ) -> Splits:
     """Load images with their labels, and check all of them.
@@ -50,6 +51,8 @@ def load_images(
         label: Column with the label, or several columns of 0/1 or of numbers; by default, found by its name.
         task: "single_label", "multi_label" or "regression"; by default, told from the labels.
         image: Column with the image; by default, found.
+        group: Column of a table, such as a patient or a video: rows that agree in it are validated on, or trained on,
+            together.
         seed: Of the drawn validation split.
 
     Processes that have joined (`accelerate launch`) read a share each, so all of them have to call this.
@@ -57,7 +60,7 @@ def load_images(
     Raises:
         DataError: The data cannot be trained on; the text names the file, row or column, and the mend.
     """
-    return load(data, valid, test, task, seed, modality="image", image=image, label=label)
+    return load(data, valid, test, task, seed, modality="image", group=group, image=image, label=label)
 
 
 def load_table(
@@ -72,6 +75,7 @@ def load_table(
     test: Source | None = None,
     valid: Source | None = None,
     task: str | None = None,
+    group: str | None = None,
     seed: int = 0,
 ) -> Splits:
     """Load rows with texts, pairs of texts, lists of words or image paths, and check all of them.
@@ -88,6 +92,7 @@ def load_table(
         test: Data to test on, of the same kinds; by default what `data` holds under that name, if anything.
         valid: Data to validate on; by default what `data` holds, or else drawn from train.
         task: "single_label", "multi_label", "regression" or "tokens"; by default, told from the labels.
+        group: Column, such as an author or a patient: rows that agree in it are validated on, or trained on, together.
         seed: Of the drawn validation split.
 
     Raises:
@@ -104,6 +109,7 @@ def load_table(
         task,
         seed,
         modality=modality,
+        group=group,
         text=text,
         text_pair=text_pair,
         image=image,
@@ -117,7 +123,16 @@ def load_dataset(data: Source, **options: Any) -> Splits:
     return load_table(data, **options)
 
 
-def load(data: Source, valid: Source | None, test: Source | None, task: str | None, seed: int, **roles: Any) -> Splits:
+def load(
+    data: Source,
+    valid: Source | None,
+    test: Source | None,
+    task: str | None,
+    seed: int,
+    *,
+    group: str | None = None,
+    **roles: Any,
+) -> Splits:
     """Read all parts, tell what their columns are, and build the splits."""
     if not 0 <= seed < 2**63:
         raise DataError(f"seed: {seed}; give a whole number from 0 to {2**63 - 1}")
@@ -130,12 +145,14 @@ def load(data: Source, valid: Source | None, test: Source | None, task: str | No
             found = read(source, name)
             parts[name] = found.get(name) or found.get("train") or next(iter(found.values()))
             own.discard(name)
-    found_roles = find_roles(parts["train"], **roles)
+    if group is not None and group not in parts["train"].data.column_names:
+        raise DataError(f"{parts['train'].where}: no column {group!r}; {listed(parts['train'])}; name one with group=")
+    found_roles = find_roles(parts["train"], leave=group, **roles)
     if "test" in own and unlabelled(parts["test"], found_roles.labels):
         parts["train"] = noted(parts["train"], f"{parts.pop('test').where} has no labels, so it is not used.")
     if task is None and parts["train"].class_folders:
         task = "single_label"  # "0" and "1.5" are names when they are folders
-    return build(parts, found_roles, task=task, seed=seed, source=shown(data))
+    return build(parts, found_roles, task=task, seed=seed, source=shown(data), group=group)
 
 
 def unlabelled(part: Part, labels: tuple[str, ...]) -> bool:

@@ -18,7 +18,7 @@ from finetune.data.checks import (
     some,
     word_lengths,
 )
-from finetune.data.draw import draw
+from finetune.data.draw import VALID_PARTS, divided, draw, stratum_of_rows, tied
 from finetune.data.labels import as_list, as_number, classes_of, count_classes, encode_cell, make_task, multi_hot, tags
 from finetune.data.shards import is_member, is_remote, read_member
 from finetune.data.tables import Part, Roles
@@ -91,7 +91,9 @@ class Encoded:
     targets: list[Any]
 
 
-def build(parts: dict[str, Part], roles: Roles, *, task: str | None, seed: int, source: str) -> Splits:
+def build(
+    parts: dict[str, Part], roles: Roles, *, task: str | None, seed: int, source: str, group: str | None = None
+) -> Splits:
     """Check parts ("train" and maybe "valid", "test") and turn them into splits.
 
     Raises:
@@ -122,10 +124,12 @@ def build(parts: dict[str, Part], roles: Roles, *, task: str | None, seed: int, 
     check_labels(encoded, the_task)
     for name, found in encoded.items():
         left += [LeftOut(found.part.ids[row], name, reason) for row, reason in sorted(found.scan.reasons.items())]
+    if group is not None:
+        notes += shared_groups(encoded, group)
     report = describe(encoded, the_task, roles, left, len(leaks), notes)
 
     if "valid" not in encoded:
-        encoded["train"], encoded["valid"] = take_valid(encoded["train"], the_task, seed)
+        encoded["train"], encoded["valid"] = take_valid(encoded["train"], the_task, seed, group)
     done = {name: canonical(found, roles, the_task) for name, found in encoded.items()}
     report = replace(
         report,
@@ -273,13 +277,24 @@ def describe(
 # Splits
 
 
-def take_valid(train: Encoded, task: Task, seed: int) -> tuple[Encoded, Encoded]:
-    """Take a validation split out of train.
+def take_valid(train: Encoded, task: Task, seed: int, group: str | None = None) -> tuple[Encoded, Encoded]:
+    """Take a validation split out of train; of rows with the same `group`, all or none.
 
     Raises:
         DataError: No row can be spared.
     """
-    chosen = draw([train.scan.keys[row] for row in train.rows], train.targets, task, seed)
+    keys = [train.scan.keys[row] for row in train.rows]
+    if group is None:
+        chosen = draw(keys, train.targets, task, seed)
+    else:
+        together = tied(keys, groups_of(train, group))
+        count = len(set(together))
+        if count < 2:
+            raise DataError(
+                f"{train.part.where}: all rows are of one {group!r}; give valid=, or another column to group by"
+            )
+        strata = stratum_of_rows(train.targets, task, 10)
+        chosen = set(next(divided(strata, together, min(VALID_PARTS, count), seed))[1].tolist())
     if not chosen:
         raise DataError(
             f"{train.part.where}: no row can be spared for validation, as no class has two different examples; "
@@ -290,6 +305,24 @@ def take_valid(train: Encoded, task: Task, seed: int) -> tuple[Encoded, Encoded]
         replace(train, rows=[train.rows[k] for k in side], targets=[train.targets[k] for k in side]) for side in sides
     )
     return rest, valid
+
+
+def groups_of(found: Encoded, group: str) -> list[str]:
+    """What the column of groups says for each row that is used; a row without is a group of its own."""
+    column = found.part.data[group][:]
+    return [str(column[row]) if column[row] not in (None, "") else f" row {row}" for row in found.rows]
+
+
+def shared_groups(encoded: dict[str, Encoded], group: str) -> list[str]:
+    """Notes on groups of train that valid or test has too: scores there are then of what was seen."""
+    notes, own = [], set(groups_of(encoded["train"], group))
+    for name in encoded.keys() - {"train"}:
+        if group in encoded[name].part.data.column_names and (both := own & set(groups_of(encoded[name], group))):
+            notes.append(
+                f"{len(both)} of the {group!r} groups of train are in {name} too ({min(both)} among them): "
+                "its score is partly of what was seen."
+            )
+    return notes
 
 
 def canonical(found: Encoded, roles: Roles, task: Task) -> datasets.Dataset:

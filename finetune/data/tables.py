@@ -256,8 +256,10 @@ def find_roles(
     image: str | None = None,
     tokens: str | None = None,
     label: str | Sequence[str] | None = None,
+    leave: str | None = None,
 ) -> Roles:
     """Tell inputs and labels among the columns of `part`: as named, else by usual names, else the only ones left.
+    `leave` is neither.
 
     Raises:
         DataError: A named column is not there, or no column fits a role; the text lists the columns.
@@ -274,7 +276,7 @@ def find_roles(
         raise DataError(
             f"{part.where}: column {twice!r} is named twice; {listed(part)}; name another for one of the two"
         )
-    free = [name for name in part.data.column_names if name not in given]
+    free = [name for name in part.data.column_names if name not in given and name != leave]
     lower = {name.lower(): name for name in reversed(free)}
     if not labels:
         labels = tuple(lower[name] for name in LABEL_NAMES if name in lower)[:1]

@@ -9,6 +9,7 @@ import pytest
 from finetune.data.draw import draw
 from finetune.data.sources import load_dataset, load_images, load_table
 from finetune.data.task import Task
+from finetune.errors import DataError
 
 Make = Callable[..., Path]
 SINGLE = Task("single_label_classification", "text", ("a", "b", "c"))
@@ -141,3 +142,29 @@ def test_fingerprint_follows_the_content(reviews: Make, folder: Make, tmp_path: 
     root = folder(cat=5, dog=5)
     there = load_images(root).fingerprint
     assert there == load_images(root.rename(tmp_path / "moved")).fingerprint
+
+
+def test_groups_stay_on_one_side(tmp_path):
+    lines = [f"visit {i} of {i % 9},{'ab'[i % 2]},p{i % 9}" for i in range(90)]
+    path = tmp_path / "train.csv"
+    path.write_text("\n".join(["text,label,patient", *lines]) + "\n")
+    splits = load_table(path, group="patient")
+    sides = [{row["text"].split()[-1] for row in part} for part in (splits.train, splits.valid)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1] and len(splits.valid) in (10, 20)
+    plain = load_table(path, text="text", label="label")
+    assert {r["text"].split()[-1] for r in plain.train} & {r["text"].split()[-1] for r in plain.valid}
+    test = tmp_path / "test.csv"
+    test.write_text("text,label,patient\nanother,a,p3\nmore,b,q1\n")
+    warned = load_table(path, group="patient", test=test).report.warnings
+    assert warned == (
+        "1 of the 'patient' groups of train are in test too (p3 among them): its score is partly of what was seen.",
+    )
+
+
+def test_groups_that_make_no_sense(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("\n".join(["text,label,patient", *(f"visit {i},{'ab'[i % 2]},p" for i in range(20))]) + "\n")
+    with pytest.raises(DataError, match=r"no column 'doctor'; the columns are text .*; name one with group="):
+        load_table(path, group="doctor")
+    with pytest.raises(DataError, match="all rows are of one 'patient'; give valid=, or another column to group by"):
+        load_table(path, group="patient")
