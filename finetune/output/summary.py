@@ -24,11 +24,10 @@ def result_lines(record: dict[str, Any], folder: Path) -> list[str]:
         if main[0] == "accuracy" and record["task"]["kind"] == "single_label_classification":
             low, high = wilson(main[1], rows)
             said += f", 95 % interval {100 * low:.1f} to {100 * high:.1f}"
-        said += _gain(record, main[0])
-    lines = [
-        f"Result    {said}   ({record['seconds']['total']:.0f} s, weights: {record['kept']})",
-        *weakest(metrics, record["task"].get("labels") or []),
-    ]
+    lines = [f"Result    {said}   ({record['seconds']['total']:.0f} s, weights: {record['kept']})"]
+    also = [_gain(record, main[0]) if main else "", weakest(metrics, record["task"].get("labels") or [])]
+    if any(also):
+        lines.append(f"          {'; '.join(filter(None, also))}")
     if warning := nothing_learnt(record):
         lines.append(f"Warning   {warning}")
     return [*lines, f"Saved     {folder / 'model'}"]
@@ -42,7 +41,7 @@ def _gain(record: dict[str, Any], metric: str) -> str:
         return ""
     points = 100 * (now - probe)
     than = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if abs(points) >= 0.05 else "level with"
-    return f"; {than} the linear probe on validation"
+    return f"{than} the linear probe on validation"
 
 
 def nothing_learnt(record: dict[str, Any]) -> str:
@@ -70,18 +69,16 @@ def nothing_learnt(record: dict[str, Any]) -> str:
     )
 
 
-def weakest(metrics: dict[str, Any], labels: list[str]) -> list[str]:
+def weakest(metrics: dict[str, Any], labels: list[str]) -> str:
     """The class that is recognised least often, and what it is taken for."""
     confusion = np.asarray(metrics.get("confusion", []))
     if confusion.ndim != 2 or len(confusion) != len(labels) or not confusion.sum():
-        return []
+        return ""
     present = confusion.sum(axis=1)
     recall = np.where(present > 0, confusion.diagonal() / np.maximum(present, 1), 2.0)
     worst = int(recall.argmin())
     wrong = confusion[worst] - np.diag(confusion.diagonal())[worst]
     if not wrong.any():
-        return []
-    return [
-        f"          weakest: {labels[worst]}, {100 * recall[worst]:.0f} % recognised, mostly taken for "
-        f"{labels[int(wrong.argmax())]}"
-    ]
+        return ""
+    taken = labels[int(wrong.argmax())]
+    return f"weakest: {labels[worst]}, {100 * recall[worst]:.0f} % recognised, mostly taken for {taken}"
