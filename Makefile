@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python recipes/demo.py
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m recipe
 
 check: $(VENV)/.ready

@@ -118,7 +118,7 @@ def test_a_tutorial_can_be_followed(
 
 
 def test_the_tutorials_are_these() -> None:
-    assert sorted(path.stem for path in DOCS.glob("*.md")) == sorted([*TUTORIALS, "features"])
+    assert sorted(path.stem for path in DOCS.glob("*.md")) == sorted([*TUTORIALS, "features", "super_convergence"])
     for path in DOCS.glob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (DOCS / target).exists(), (path.name, target)
