@@ -725,6 +725,7 @@ RECIPES = {
     "token_classification": SHARED | {"push_to_hub"},
     "custom_head": SHARED,
     "demo": {"out", "seed"},
+    "super_convergence": {"size", "data", "results", "out", "seeds", "shorten", "minutes"},
     "k_fold": SHARED - {"test", "resume_anyway"} | {"folds", "group"},
 }
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -738,7 +739,7 @@ def test_the_options_of_the_recipes_are_these() -> None:
         arguments = next(function.args for function in functions if function.name == "main")
         found[path.stem] = {argument.arg for argument in [*arguments.args, *arguments.kwonlyargs]}
         required = len(arguments.args) - len(arguments.defaults)
-        assert [argument.arg for argument in arguments.args][:required] in ([], ["data"])
+        assert [argument.arg for argument in arguments.args][:required] in ([], ["data"], ["size"])
         assert None not in arguments.kw_defaults
     assert found == RECIPES
 
