@@ -1,0 +1,123 @@
+"""The benchmark of the automatic settings: what it runs next, what it calls regret, and what it takes as its rival."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+dials = pytest.importorskip("scripts.bench.dials", reason="no scripts here")
+
+SMALL = dials.Task("trec6", "minilm", "small")
+
+
+def entry(arm: str, score: float, *, task: str = SMALL.name, loss: float = 1.0, **settings: Any) -> dict[str, Any]:
+    """A run with the same scores on validation and test."""
+    figures = {"score": score, "log_loss": loss}
+    chosen = {"epochs": 5, "batch_size": 16}
+    return {"task": task, "arm": arm, "dials": settings, "seed": 0, "valid": figures, "test": figures,
+            "cpu_seconds": 10.0, "chosen": chosen}  # fmt: skip
+
+
+def test_a_grid_is_run_rung_by_rung_and_goes_on_where_it_stopped() -> None:
+    found: list[dict[str, Any]] = []
+    seen = []
+    best = {3: 3e-4, 10: 1e-3, 30: 3e-4}  # the rate that does best at each length
+    while cells := dials.wanted(SMALL, found, "grid"):
+        arm, settings = cells[0]
+        seen.append(settings)
+        score = -abs(math.log10(settings["lr"] / best[settings["epochs"]]))
+        found.append(json.loads(json.dumps(entry(arm, score, **settings))))
+    epochs = [settings["epochs"] for settings in seen]
+    assert epochs == [3] * 18 + [10] * 8 + [30] * 4 + [3] * 2
+    assert len({dials.key(run) for run in found}) == len(found)
+    assert {settings["lr"] for settings in seen[18:26]} == {3e-4, 1e-4, 1e-3}
+    assert [settings["lr"] for settings in seen[26:]] == [1e-3, 1e-3, 3e-4, 3e-4, 3e-4, 3e-4]
+    assert [settings.get("weight_decay") for settings in seen[-3:]] == [None, 0.0, 0.05]
+    assert dials.wanted(SMALL, found[:-1], "grid") == [("grid", seen[-1])]
+
+
+def test_what_has_failed_is_neither_run_again_nor_promoted() -> None:
+    cells = dials.wanted(SMALL, [], "grid")
+    failed = [{"task": SMALL.name, "arm": arm, "dials": settings, "seed": 0, "error": "x"} for arm, settings in cells]
+    assert dials.wanted(SMALL, failed, "grid") == []
+    nan = entry("grid", math.nan, lr=1.0)
+    assert dials.pick([nan, entry("grid", 0.1, lr=2.0), *failed], 9) == [entry("grid", 0.1, lr=2.0)]
+
+
+def test_rivals_see_as_many_examples_as_ours() -> None:
+    assert dials.wanted(SMALL, [], "arms") == []  # how many is not known yet
+    cells = dict(dials.wanted(SMALL, [entry("ours", 0.5)], "arms"))
+    assert cells["fastai"] == cells["autogluon"] == cells["no solved head"] == {"epochs": 5}
+    assert cells["hf, 3 epochs"] == cells["one rate"] == {}
+    assert "stem open" in cells and "bit" not in cells and "no patience" not in cells
+    images = dict(dials.wanted(dials.Task("dogs_cats", "torch", "large"), [entry("ours", 0.5)], "arms"))
+    assert "bit" in images and "no patience" in images and "stem open" not in images
+
+
+def test_the_halves_are_apart_and_every_set_is_in_one() -> None:
+    assert not set(dials.DEVELOP) & set(dials.HELD_OUT)
+    assert len(dials.DEVELOP | dials.HELD_OUT) == 13
+    assert [task.name for task in dials.tasks(dials.DEVELOP, "small")][:2] == [
+        "hymenoptera/torch/small", "cifar10_small/torch/small",
+    ]  # fmt: skip
+    assert dials.Task("banking77", "minilm", "small").rows == 400 and SMALL.rows == 200
+
+
+def test_the_tuned_cell_is_the_best_by_validation_and_of_equal_ones_the_surest() -> None:
+    good, sure = entry("grid", 0.9, loss=0.5, lr=1), entry("grid", 0.9, loss=0.4, lr=2)
+    assert dials.pick([good, sure, entry("grid", 0.8, loss=0.1, lr=3)], 1) == [sure]
+    better_on_test = entry("grid", 0.5, lr=4) | {"test": {"score": 0.99}}
+    assert dials.pick([good, better_on_test], 1) == [good]
+
+
+def test_the_fixed_configuration_never_looks_at_the_set_that_it_is_judged_on() -> None:
+    scores = {"a/1": {"x": 1.0, "y": 0.0, "z": 9.0}, "a/2": {"x": 1.0, "y": 0.0}, "b": {"x": 0.2, "y": 0.4}}
+    groups = {"a/1": "a", "a/2": "a", "b": "b"}
+    assert dials.leave_one_out(scores, groups) == {"a/1": "y", "a/2": "y", "b": "x"}
+    assert dials.leave_one_out({"a/1": {"x": 1.0}}, groups) == dials.leave_one_out({}, {}) == {}
+
+
+def test_regret_is_in_points_and_normalised_by_what_the_grid_has_to_give() -> None:
+    found = dials.summary([2.0, -1.0, 0.1], [4.0, 2.0, 0.2])
+    assert found == {"mean": pytest.approx(1.1 / 3), "worst": 2.0, "share": 2 / 3, "normalised": 0.0}
+    assert math.isnan(dials.summary([2.0], [0.0])["normalised"])
+
+
+def test_the_bootstrap_draws_sets_and_not_tasks() -> None:
+    mean, low, high = dials.bootstrap([1.0, 1.0, 1.0, -1.0], ["a", "a", "a", "b"])
+    assert (mean, low, high) == (0.5, -1.0, 1.0)  # a quarter of the draws is b alone
+    assert dials.bootstrap([2.0, 2.0], ["a", "b"]) == (2.0, 2.0, 2.0)
+
+
+def test_the_file_is_whole_and_a_run_stands_in_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dials, "RESULTS", tmp_path / "results" / "dials.json")
+    monkeypatch.setattr(dials.tempfile, "gettempdir", lambda: str(tmp_path))
+    dials.keep([entry("ours", 0.5), entry("grid", 0.5, lr=1e-3, span=1)])
+    dials.keep([entry("grid", 0.6, span=1, lr=1e-3)])
+    assert [(run["arm"], run["test"]["score"]) for run in dials.read()] == [("ours", 0.5), ("grid", 0.6)]
+    dials.keep([], drop=["ours"])
+    assert [run["arm"] for run in dials.read()] == ["grid"]
+
+
+def test_the_report_compares_ours_with_what_is_chosen_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = []
+    for name, best in (("trec6", 3), ("cr", 3), ("sts", 3), ("sst2", 10)):
+        task = f"{name}/minilm/small"
+        runs += [entry("ours", 0.8, task=task), entry("probe", 0.85, task=task), entry("hf", 0.7, task=task)]
+        runs += [entry("grid", 0.9 if cell["epochs"] == best else 0.6, task=task, **cell)
+                 for cell in dials.candidates("small")]  # fmt: skip
+    cells = dials.candidates("small")  # of two tasks that are not done: one lacks a cell, one the probe
+    first, second = "hymenoptera/torch/small", "trec6/llama/small"
+    runs += [entry(arm, 0.1, task=first) for arm in ("ours", "probe")] + [entry("ours", 0.1, task=second)]
+    runs += [entry("grid", 0.1, task=first, **cell) for cell in cells[1:]]
+    runs += [entry("grid", 0.1, task=second, **cell) for cell in cells]
+    rows = dials.table_of(runs, "small", dials.DEVELOP)
+    assert {unit: row["fixed"]["test"]["score"] for unit, row in rows.items()} == {
+        "trec6/minilm/small 0": 0.9, "cr/minilm/small 0": 0.9, "sts/minilm/small 0": 0.9, "sst2/minilm/small 0": 0.6,
+    }  # fmt: skip
+    dials.report(runs)
+    said = capsys.readouterr().out
+    assert "### Development, small: 4 tasks" in said and "Held out" not in said
+    assert "| ours | 4 | +10.00 | +10.0 | 0.00 | +0.67 | +0.00 | 1.000 | 0 | 4 | 1.00 |" in said
