@@ -27,7 +27,6 @@ def fit(
     lr: float | None = None,
     batch_size: int | None = None,
     seed: int = 0,
-    save_minutes: float = 1.0,
     trackers: tuple[str, ...] = (),
     push_to_hub: str | None = None,
     overwrite: bool = False,
@@ -37,20 +36,19 @@ def fit(
 
     Args:
         data: Folder with one sub-folder a class, a table, a folder of tables, or the name of a Hub data set.
-        backbone: timm or transformers checkpoint, or a folder; by default a small good one for images or texts.
-        out: Run folder; by default runs/ and the data's name. An interrupted run found there goes on.
+        backbone: timm or transformers checkpoint, or a folder; by default a small one.
+        out: Run folder, where an interrupted run goes on; by default in runs/.
         label: Column of the label, or several; by default found.
         text: Column of the text; by default found.
         text_pair: Column of the second text of a pair.
         image: Column of the image path; by default found.
-        group: Column, such as a patient: rows that agree in it are never both trained and validated on.
+        group: Column, such as a patient, whose rows stay together.
         test: Rows to report on; by default the `test` part of the data.
         minutes: Time that training may take.
         epochs: Passes over the training rows.
         lr: Peak learning rate of the head.
         batch_size: Examples a step, over all processes.
         seed: Same seed, same run.
-        save_minutes: Time between checkpoints.
         trackers: tensorboard, trackio, wandb, ... to log to.
         push_to_hub: Also upload the model to this repository (owner/name).
         overwrite: Replace another run in `out`.
@@ -68,7 +66,6 @@ def fit(
         lr=lr,
         batch_size=batch_size,
         seed=seed,
-        save_minutes=save_minutes,
         trackers=trackers,
         overwrite=overwrite,
         resume_anyway=resume_anyway,
@@ -166,7 +163,7 @@ def plan(
         text: Column of the text; by default found.
         text_pair: Column of the second text of a pair.
         image: Column of the image path; by default found.
-        group: Column, such as a patient: rows that agree in it are never both trained and validated on.
+        group: Column, such as a patient, whose rows stay together.
         test: Rows to report on; by default the `test` part of the data.
         minutes: Time that training may take.
         epochs: Passes over the training rows.

@@ -113,3 +113,31 @@ def test_plan_says_everything_and_trains_nothing(
     assert "peak rate 0.002 head" in said and "as asked for  (--lr)" in said
     assert all(f"\n  {dial}" in said for dial in DIALS) and said.endswith("status 0")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "fit",
+        "plan",
+        "inspect",
+        "range-test",
+        "predict",
+        "evaluate",
+        "report",
+        "compare",
+        "push",
+        "doctor",
+        "onnx",
+        None,
+    ],
+)
+def test_help_fits_a_screen(
+    verb: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", ["finetune", *([verb] if verb else []), "--help"])
+    with pytest.raises(SystemExit):
+        verbs_cli.main()
+    said = capsys.readouterr().out
+    assert 5 < len(said.strip().splitlines()) <= 40, said
