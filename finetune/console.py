@@ -63,6 +63,11 @@ class Console:
         self.live = self.task = None
 
 
+def clock(seconds: float) -> str:
+    """Whole seconds as "1:05"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
 def shown(name: str, value: float) -> str:
     """A metric in words: "accuracy 88.1 %", "rmse 0.412"."""
     words = name.replace("_", " ")

@@ -173,6 +173,7 @@ def plan(
     """
     from contextlib import ExitStack
 
+    from finetune.console import clock
     from finetune.preparing import data_lines, prepare, stage_seconds
     from finetune.train.processes import start_processes
 
@@ -185,18 +186,14 @@ def plan(
             seed=seed,
         )  # fmt: skip
         seconds = stage_seconds(ready, splits)
-    named = ", ".join(f"{s.name} {_clock(t)}" for s, t in zip(ready.plan.stages, seconds, strict=True))
-    print(f"Time      about {_clock(sum(seconds))} of steps ({named}), and the validations")
+    named = ", ".join(f"{s.name} {clock(round(t))}" for s, t in zip(ready.plan.stages, seconds, strict=True))
+    print(f"Time      about {clock(round(sum(seconds)))} of steps ({named}), and the validations")
     if ready.solvable is not None:
         print("Baseline  a linear probe on frozen features comes first, from one pass over the data")
     print("\nAll dials")
     for dial, entry in ready.settings.table().items():
         value = f"{entry['value']:g}" if isinstance(entry["value"], float) else str(entry["value"])
         print(f"  {dial:<17} {value:<14} {entry['reason'] if entry['by'] != 'user' else 'as asked for'}")
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds + 0.5) // 60}:{int(seconds + 0.5) % 60:02d}"
 
 
 def range_test(

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from scipy.special import softmax
 
 from finetune.data.images import BadImage, open_image, quiet
-from finetune.data.task import Task
+from finetune.data.task import Task, softmax
 from finetune.train.evaluate import Evaluation
 
 MOST = 12
@@ -36,7 +35,7 @@ def keep_mistakes(folder: Path, task: Task, found: Mapping[str, tuple[Dataset, E
     for split, (_, evaluation) in found.items():
         if evaluation is None or not isinstance(evaluation.outputs, np.ndarray) or evaluation.outputs.ndim != 2:
             continue
-        share_NC, target_N = softmax(evaluation.outputs.astype(np.float64), axis=1), np.asarray(evaluation.targets)
+        share_NC, target_N = softmax(evaluation.outputs.astype(np.float64)), np.asarray(evaluation.targets)
         guess_N = share_NC.argmax(axis=1)
         for row in np.flatnonzero(guess_N != target_N):
             wrong.append(

@@ -11,10 +11,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 from torch import nn
 
-from finetune.data.task import Task, metrics
+from finetune.data.task import Task, metrics, softmax
 from finetune.train.evaluate import Evaluation
 
 # Standard deviation of log2(temperature) that is thought likely before any row is seen: a few rows that are all right
@@ -54,7 +54,7 @@ def reliability(found: Evaluation) -> dict[str, Any]:
     """How often answers of some probability are right: {"ece", "log_loss", "bins": [[mean probability, share that is
     right, rows], ...]}. ECE is the mean distance between the first two over the rows, in `BINS` bins of equal width."""
     logits_NC, target_N = np.asarray(found.outputs, dtype=np.float64), np.asarray(found.targets)
-    sure_N, right_N = softmax(logits_NC, axis=1).max(axis=1), logits_NC.argmax(axis=1) == target_N
+    sure_N, right_N = softmax(logits_NC).max(axis=1), logits_NC.argmax(axis=1) == target_N
     which_N = np.minimum((sure_N * BINS).astype(int), BINS - 1)
     bins = [
         [float(sure_N[which_N == b].mean()), float(right_N[which_N == b].mean()), int((which_N == b).sum())]

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 
-from finetune.console import headline, shown
+from finetune.console import clock, headline, shown
 from finetune.data.decoded import DecodedCache
 from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
 from finetune.data.splits import Splits
@@ -202,7 +202,7 @@ class Trainer:
         self.head_weights = self.best_weights
         self.say(
             f"Baseline  linear probe on frozen features: {self.figures(valid)} on validation, after "
-            f"{_clock(self.head_seconds)}"
+            f"{clock(self.head_seconds)}"
         )
 
     def run_stage(self, index: int) -> None:
@@ -438,7 +438,7 @@ class Trainer:
         valid = self.remember_epoch(name, train_loss)
         self.say(
             f"{name:<9} {epoch}/{epochs}   loss {train_loss:.3f}   validation: {self.figures(valid)}   "
-            f"{_clock(self.progress.stage_seconds[stage])}"
+            f"{clock(self.progress.stage_seconds[stage])}"
         )
 
     def remember_epoch(self, stage: str, train_loss: float) -> Evaluation:
@@ -595,10 +595,6 @@ def without_remainder(order: list[list[int]], batch_size: int) -> list[list[int]
 
 def _kept(best: dict[str, Any]) -> str:
     return f"epoch {best['epoch']}" if best["epoch"] else "solved head"
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _split(rows: list[int], parts: int) -> list[list[int]]:
