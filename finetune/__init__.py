@@ -12,6 +12,7 @@ _HOMES = {
     "fit": "finetune.fitting",
     "Run": "finetune.run",
     "load": "finetune.output.predict",
+    "explain": "finetune.output.explain",
     "cli": "finetune.commandline",
     "load_images": "finetune.data.sources",
     "load_table": "finetune.data.sources",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from finetune.model.groups import LayerGroup, LayerGroups, layer_groups
     from finetune.model.own_loop import replay
     from finetune.model.pretrained import Preprocessing, Pretrained
+    from finetune.output.explain import explain
     from finetune.output.predict import load
     from finetune.plan.gradients import GradientReport, gradient_report
     from finetune.plan.onecycle import Flat, LinearDecay, OneCycle

@@ -22,7 +22,7 @@ from finetune.model.outputs import scaled_loss, target_scale
 from finetune.model.pretrained import Pretrained
 from finetune.plan.probes import epochs_in, seconds_per_step
 from finetune.plan.rates import geometric_rates
-from finetune.plan.settings import Settings, choose_settings, for_adapters, from_solved_head
+from finetune.plan.settings import OPTIONS, Settings, choose_settings, for_adapters, from_solved_head
 from finetune.plan.stages import Plan, ResolvedPlan
 from finetune.train.evaluate import Loss
 from finetune.train.processes import Processes, native_precision
@@ -138,9 +138,6 @@ def prepare(
         pretrained, groups, adapter, loss_function, scale, chosen, linear, layer, resolved, processes, setup_seconds,
         probe_seconds,
     )  # fmt: skip
-
-
-OPTIONS = {"lr": "--lr", "epochs": "--epochs", "batch_size": "--batch-size"}  # dials that have one on the command line
 
 
 def chosen_lines(settings: Settings, rates: Sequence[float], processes: Processes) -> list[str]:

@@ -225,6 +225,7 @@ class Settings:
 
 
 DIALS = tuple(field.name for field in fields(Settings) if field.name != "reasons")
+OPTIONS = {"lr": "--lr", "epochs": "--epochs", "batch_size": "--batch-size"}  # dials that have one on the command line
 
 
 def choose_settings(
