@@ -22,7 +22,7 @@ from finetune.model.outputs import scaled_loss, target_scale
 from finetune.model.pretrained import Pretrained
 from finetune.plan.probes import epochs_in, seconds_per_step
 from finetune.plan.rates import geometric_rates
-from finetune.plan.settings import OPTIONS, Settings, choose_settings, for_adapters, from_solved_head
+from finetune.plan.settings import OPTIONS, Settings, choose_settings, for_network, from_solved_head
 from finetune.plan.stages import Plan, ResolvedPlan
 from finetune.train.evaluate import Loss
 from finetune.train.processes import Processes, native_precision
@@ -117,13 +117,19 @@ def prepare(
         chosen = chosen.changed(reason, by="rule", solve_head=False)
     elif plan is None:
         chosen = from_solved_head(chosen, splits.task.modality, len(splits.train))
-    chosen = for_adapters(chosen)
+    chosen = for_network(
+        chosen, splits.task.modality, len(splits.train), width=_head_width(pretrained, groups), groups=len(groups)
+    )
     groups, adapter = stack.enter_context(adapters(pretrained, groups, chosen.lora, sample, seed=seed))
     if adapter is not None:
         say(f"Adapters  {adapter}")
     setup_seconds = time.monotonic() - began
     if minutes is not None and before is not None:  # a run that goes on keeps the length that it began with
-        dials = {dial: before[dial]["value"] for dial in ("epochs", "head_epochs") if before[dial]["by"] == "measured"}
+        dials = {
+            dial: before[dial]["value"]
+            for dial in ("epochs", "head_epochs", "cycles")
+            if before[dial]["by"] == "measured"
+        }
         chosen = chosen.changed("measured when the run began", **dials)
     elif minutes is not None:
         left = 60.0 * minutes - (time.monotonic() - (began if started is None else started))
@@ -192,6 +198,13 @@ def _solvable(
     return linear, why_not
 
 
+def _head_width(pretrained: Pretrained, groups: LayerGroups) -> int:
+    """Features that enter the head: the columns of its first matrix."""
+    named = dict(pretrained.model.named_parameters())
+    matrices = [named[name] for name in groups.head.parameters if named[name].ndim > 1]
+    return int(matrices[0].shape[1]) if matrices else 1
+
+
 def _sample(pretrained: Pretrained, splits: Splits) -> dict[str, torch.Tensor]:
     """Inputs of two training rows, on the model's device."""
     loader = make_loader(splits.train, splits.task, pretrained.processor, [[0, len(splits.train) - 1]], train=False)
@@ -235,4 +248,8 @@ def _fit_into(
     dials: dict[str, Any] = {"epochs": round(epochs, 3)}
     if settings.reasons["head_epochs"][1] != "user" and not settings.solve_head:
         dials["head_epochs"] = round(epochs / 4.0, 3)
+    if (
+        settings.reasons["cycles"][1] != "user" and epochs < settings.epochs
+    ):  # one long training, not several short ones
+        dials["cycles"] = 1
     return settings.changed(reason, **dials)

@@ -24,9 +24,9 @@ def python(code: str) -> str:
 NAMES = [
     "BackboneError", "DataError", "DataReport", "FinetuneError", "Flat", "GradientReport", "LayerGroup", "LayerGroups",
     "LinearDecay", "OneCycle", "Plan", "PlanError", "Preprocessing", "Pretrained", "RangeTest", "Run", "RunError",
-    "Settings", "Splits", "Stage", "Task", "choose_settings", "cli", "fit", "geometric_rates", "gradient_report",
-    "gradual_unfreezing", "layer_groups", "load", "load_backbone", "load_dataset", "load_images", "load_table",
-    "param_groups", "range_test", "replay",
+    "Settings", "Splits", "Stage", "Task", "choose_settings", "cli", "explain", "fit", "geometric_rates",
+    "gradient_report", "gradual_unfreezing", "layer_groups", "load", "load_backbone", "load_dataset", "load_images",
+    "load_table", "param_groups", "range_test", "replay",
 ]  # fmt: skip
 
 

@@ -28,6 +28,8 @@ class Stage:
         steps: Length in optimizer steps, in place of `epochs`.
         shape: Schedule of rate and momentum over the stage.
         lr_scale: The stage's peaks over the run's.
+        anew: Whether it begins from the weights with which the first such stage began. The ends of such stages are
+            averaged: a model soup (Wortsman et al. 2022, section 3).
         name: What logs call it; by default "head", "all" or the name of the lowest open group.
 
     Raises:
@@ -39,6 +41,7 @@ class Stage:
     steps: int | None = None
     shape: Shape = field(default_factory=OneCycle)
     lr_scale: float = 1.0
+    anew: bool = False
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class PlannedStage:
     steps: int
     rates: tuple[float, ...]
     shape: Shape
+    anew: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Plan(tuple[Stage, ...]):
                 "all" if first == 0 else "head" if first == len(groups) - 1 else f"from {groups[first].name}"
             )
             opened = tuple(stage.lr_scale * peak if index >= first else 0.0 for index, peak in enumerate(peaks))
-            planned.append(PlannedStage(name, first, steps, opened, stage.shape))
+            planned.append(PlannedStage(name, first, steps, opened, stage.shape, stage.anew))
         return ResolvedPlan(tuple(planned), tuple(group.name for group in groups), steps_per_epoch)
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -147,6 +151,10 @@ class ResolvedPlan:
     def steps(self) -> int:
         """Optimizer steps in all."""
         return sum(stage.steps for stage in self.stages)
+
+    def cycles(self, stage: int | None = None) -> int:
+        """Stages that begin anew, up to and with `stage`, or in all."""
+        return sum(planned.anew for planned in self.stages[: None if stage is None else stage + 1])
 
     def start(self, stage: int) -> int:
         """First step of a stage."""
@@ -200,6 +208,7 @@ def gradual_unfreezing(
     head_epochs: float = 1.0,
     shape: Shape | None = None,
     head_lr_scale: float = 1.0,
+    cycles: int = 1,
 ) -> Plan:
     """A plan for `groups` layer groups and `epochs` in all: the head first, then from the top down.
 
@@ -213,6 +222,7 @@ def gradual_unfreezing(
         head_epochs: Length of the head's stage, at most half of `epochs`.
         shape: Schedule of every stage; by default `OneCycle()`.
         head_lr_scale: Peak of the head's own stage over the run's.
+        cycles: Parts of equal length into which the last stage is divided; each begins anew from the same weights.
 
     Raises:
         PlanError: An unknown style.
@@ -221,24 +231,33 @@ def gradual_unfreezing(
     head = min(head_epochs, epochs / 2.0)
     rest = epochs - head
     if style == "none" or groups == 1:
-        return Plan(Stage(open_from=0, epochs=epochs, shape=shape))
+        return Plan(*_in_cycles(Stage(open_from=0, epochs=epochs, shape=shape), cycles))
     first = (Stage(open_from=-1, epochs=head, shape=shape, lr_scale=head_lr_scale),) if head > 0 else ()
     if style == "head_then_all":
-        return Plan(*first, Stage(open_from=0, epochs=rest, shape=shape))
+        return Plan(*first, *_in_cycles(Stage(open_from=0, epochs=rest, shape=shape), cycles))
     if style == "all_but_stem":
-        return Plan(*first, Stage(open_from=min(1, groups - 1), epochs=rest, shape=shape, name="all but stem"))
+        last = Stage(open_from=min(1, groups - 1), epochs=rest, shape=shape, name="all but stem")
+        return Plan(*first, *_in_cycles(last, cycles))
     if style == "three_stages":
         return Plan(
             *first,
             Stage(open_from=groups // 2, epochs=rest / 3.0, shape=shape, name="top half"),
-            Stage(open_from=0, epochs=rest * 2.0 / 3.0, shape=shape),
+            *_in_cycles(Stage(open_from=0, epochs=rest * 2.0 / 3.0, shape=shape), cycles),
         )
     if style == "one_at_a_time":
         share = epochs / 2.0 / (groups - 1)
         return Plan(
             *(Stage(open_from=-1 - opened, epochs=share, shape=shape) for opened in range(groups - 1)),
-            Stage(open_from=0, epochs=epochs / 2.0, shape=shape),
+            *_in_cycles(Stage(open_from=0, epochs=epochs / 2.0, shape=shape), cycles),
         )
     raise PlanError(
         f"unfreezing={style!r}: must be one of none, head_then_all, all_but_stem, three_stages, one_at_a_time"
     )
+
+
+def _in_cycles(stage: Stage, cycles: int) -> list[Stage]:
+    """A stage in parts of equal length that each begin anew."""
+    if cycles == 1:
+        return [stage]
+    part = replace(stage, epochs=(stage.epochs or 0.0) / cycles, anew=True)
+    return [replace(part, name=f"cycle {number}") for number in range(1, cycles + 1)]

@@ -47,26 +47,41 @@ def clearly_better(before: dict[str, Any], last: Evaluation) -> bool:
     return bool(difference.mean() > 2.0 * difference.std(ddof=min(1, rows - 1)) / math.sqrt(rows))
 
 
-def head_is_better(head: Evaluation, last: Evaluation, task: Task) -> bool:
+def head_is_better(head: Evaluation, last: Evaluation, task: Task, *, clearly: bool = False) -> bool:
     """Whether training has made the model worse than the solved head that it began with.
 
     Told by the loss of the validation rows, each model at its own best temperature: on few rows accuracy is too coarse,
     and fine-tuning makes a model surer of itself than it should be, which says nothing about what it has learnt.
+
+    Args:
+        head: With the solved head.
+        last: After training.
+        task: What the outputs are.
+        clearly: Ask for two standard errors of the difference, row by row.
     """
-    return calibrated_loss(head, task) < calibrated_loss(last, task)
+    if head.scores is None or last.scores is None:
+        return head.loss < last.loss
+    difference_N = calibrated_losses(last, task) - calibrated_losses(head, task)
+    margin = 2.0 * difference_N.std() / math.sqrt(len(difference_N)) if clearly else 0.0
+    return bool(difference_N.mean() > margin)
 
 
-def calibrated_loss(valid: Evaluation, task: Task) -> float:
-    """Loss with the logits divided by the temperature that makes it smallest (Guo et al. 2017); of values, the loss."""
-    if task.kind == "regression" or valid.scores is None:
-        return valid.loss
-    loss, by_row = default_loss(task), isinstance(valid.outputs, list)
-    logits = torch.from_numpy(np.concatenate(valid.outputs) if by_row else np.asarray(valid.outputs))
-    targets = torch.from_numpy(np.concatenate(valid.targets) if by_row else np.asarray(valid.targets))
-    if by_row:
-        logits, targets = logits[None], targets[None]
-    found = minimize_scalar(lambda power: float(loss(logits * 2.0**power, targets)), bounds=(-6, 6), method="bounded")
-    return float(found.fun)
+def calibrated_losses(valid: Evaluation, task: Task) -> np.ndarray:
+    """Loss of each row with the logits divided by the temperature that makes it smallest (Guo et al. 2017); of values,
+    as they are."""
+    loss = default_loss(task)
+    rows = [
+        (torch.from_numpy(np.asarray(output))[None], torch.from_numpy(np.asarray(target))[None])
+        for output, target in zip(valid.outputs, valid.targets, strict=True)
+    ]
+    axis = 1 if isinstance(valid.outputs, list) else 0  # tags of words: rows of different lengths
+    logits, targets = (torch.cat(part, dim=axis) for part in zip(*rows, strict=True))
+    power = 0.0
+    if task.kind != "regression":
+        power = minimize_scalar(
+            lambda power: float(loss(logits * 2.0**power, targets)), bounds=(-6, 6), method="bounded"
+        ).x
+    return np.array([float(loss(output * 2.0**power, target)) for output, target in rows])
 
 
 def averages_at(step: int, steps: int) -> bool:
@@ -86,8 +101,8 @@ class Average:
     def __init__(self, model: nn.Module) -> None:
         self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
-    def update(self, model: nn.Module) -> None:
-        """Take in the weights of now; of counts, the last."""
+    def update(self, model: nn.Module, share: float = 1.0 - AVERAGE_DECAY) -> None:
+        """Take in the weights of now with `share` of the whole; of counts, the last."""
         for name, tensor in model.state_dict().items():
             mine, now = local(self.tensors[name]), local(tensor.detach())
-            mine.lerp_(now, 1.0 - AVERAGE_DECAY) if mine.is_floating_point() else mine.copy_(now)
+            mine.lerp_(now, share) if mine.is_floating_point() else mine.copy_(now)

@@ -96,6 +96,7 @@ class Trainer:
         self.cache = DecodedCache(folder / "cache") if splits.task.modality == "image" else None
         self.head: Evaluation | None = None  # of the solved head, before the first step
         self.head_weights: checkpoint.Weights = {}
+        self.start_weights: checkpoint.Weights = {}  # of the first stage that begins anew, and so of all such stages
         self.progress = Progress()
         self.best_weights = checkpoint.snapshot(self.model)  # those of the start, until a validation says more
         self.last_valid: Evaluation | None = None
@@ -167,11 +168,14 @@ class Trainer:
         progress.epoch_losses, progress.skipped_in_a_row = [], 0
         self.norms.taken()
         progress.first_loss = progress.smooth_loss = None
-        checkpoint.restore(self.model, self.best_weights)
-        self.average, self.optimizer = None, self.new_optimizer()
+        anew = self.plan.stages[index].anew
+        checkpoint.restore(self.model, self.start_weights if anew else self.best_weights)
+        self.optimizer = self.new_optimizer()
+        if not anew:  # else it has the ends of the cycles before
+            self.average = None
         self.log.back_to(progress.step)
-        best = _kept(progress.best) if progress.best else "the start"
-        self.say(f"Back      {why}: this stage again from the weights of {best}, at {SLOWER:g} of the rate")
+        best = "its start" if anew else f"the weights of {_kept(progress.best) if progress.best else 'the start'}"
+        self.say(f"Back      {why}: this stage again from {best}, at {SLOWER:g} of the rate")
         self.save_checkpoint()
 
     def close(self) -> None:
@@ -210,6 +214,7 @@ class Trainer:
         begin = time.monotonic() - sum(self.progress.stage_seconds[index : index + 1])  # what a resumed stage has had
         if self.progress.step == first:
             self.progress.stale, self.progress.stage_best = 0, None
+            self.begin_anew(index)
         set_trainable(self.model, self.groups, stage.open_from)
         self.wrapped = self.processes.wrap(self.wrapped)
         set_mode(self.model, self.groups, stage.open_from, self.settings.freeze_batchnorm)
@@ -238,6 +243,17 @@ class Trainer:
                 self.answer()
         self.processes.check_same(self.model, stage.name)
         self.close_replay()
+
+    def begin_anew(self, index: int) -> None:
+        """At a stage that does: go back to the weights with which the first such stage began."""
+        if not self.plan.stages[index].anew:
+            return
+        if self.plan.cycles(index) == 1:
+            self.start_weights = self.head_weights or checkpoint.snapshot(self.model)
+        else:
+            checkpoint.restore(self.model, self.start_weights)
+            self.optimizer = self.new_optimizer()
+            self.progress.first_loss = self.progress.smooth_loss = None
 
     def ends_early(self, index: int, done: int) -> bool:
         """Take the rest of a stage that no longer improves in one epoch: its rate still comes down to its end."""
@@ -399,10 +415,14 @@ class Trainer:
             raise Interrupted(f"stopped {where}, {safe}", self.stop.signal or signal.SIGTERM)
 
     def update_average(self, stage: int) -> None:
-        """Take the weights into their average, now and then over the end of the last stage."""
-        step = self.progress.step - self.plan.start(stage)
-        last = stage == len(self.plan.stages) - 1
-        if self.settings.ema and last and averages_at(step, self.plan.stages[stage].steps):
+        """Take the weights into their average: at the end of each cycle, or, where there is but one, now and then over
+        the end of the last stage."""
+        step, steps = self.progress.step - self.plan.start(stage), self.plan.stages[stage].steps
+        if self.plan.cycles() > 1:
+            if self.plan.stages[stage].anew and step == steps - 1:
+                self.average = self.average if self.average is not None else Average(self.model)
+                self.average.update(self.model, 1.0 / self.plan.cycles(stage))
+        elif self.settings.ema and stage == len(self.plan.stages) - 1 and averages_at(step, steps):
             self.average = self.average if self.average is not None else Average(self.model)
             self.average.update(self.model)
 
@@ -493,20 +513,35 @@ class Trainer:
             return self.evaluate(), _kept(best) if best else "start"
         valid, kept = self.last_valid or self.evaluate(), "last"
         if self.average is not None:
-            last = checkpoint.snapshot(self.model)
+            last, soup = checkpoint.snapshot(self.model), self.plan.cycles() > 1
             self.model.load_state_dict(self.average.tensors)
             averaged = self.evaluate()
-            if standing(averaged) > standing(valid):
-                valid, kept = averaged, "average"
-            else:
+            # The average of several trainings is as a rule better than each of them, that of one is so now and then.
+            worse = clearly_better(candidate(valid, 0), averaged) if soup else standing(averaged) <= standing(valid)
+            if worse:
                 checkpoint.restore(self.model, last)
+            else:
+                valid, kept = averaged, "average"
         if self.head is not None and head_is_better(self.head, valid, self.splits.task):
-            checkpoint.restore(self.model, self.head_weights)
-            return self.head, "solved head"
+            return self.back_to_head()
         if best is not None and clearly_better(best, valid):
             checkpoint.restore(self.model, self.best_weights)
             valid, kept = self.evaluate(), _kept(best)
         return valid, kept
+
+    def back_to_head(self) -> tuple[Evaluation, str]:
+        """Go half of the way from the weights of now to those of the solved head, or, where that is clearly better, all
+        of it (WiSE-FT, Wortsman et al. 2022)."""
+        assert self.head is not None
+        middle = Average(self.model)
+        checkpoint.restore(self.model, self.head_weights)
+        middle.update(self.model, 0.5)
+        self.model.load_state_dict(middle.tensors)
+        valid = self.evaluate()
+        if head_is_better(self.head, valid, self.splits.task, clearly=True):
+            checkpoint.restore(self.model, self.head_weights)
+            return self.head, "solved head"
+        return valid, "half-way"
 
     def save_checkpoint(self) -> bool:
         """Write a checkpoint; whether that worked, as the main process sees it."""
@@ -517,6 +552,8 @@ class Trainer:
         optimizer = checkpoint.optimizer_state(self.optimizer)
         if self.average is not None:
             weights["average"] = checkpoint.gathered(self.average.tensors)
+        if self.start_weights and not self.head_weights:
+            weights["start"] = self.start_weights
         if self.processes.is_main:
             if self.head is not None:
                 names = [f"{self.solvable}.{name}" for name in ("weight", "bias")]
@@ -570,7 +607,7 @@ class Trainer:
         self.norms.begin()
         self.norms.restore(progress["gradients"])
         checkpoint.restore(self.model, weights["model"])
-        self.best_weights = weights["best"]
+        self.best_weights, self.start_weights = weights["best"], weights.get("start") or self.head_weights
         if "average" in weights:
             self.average = Average(self.model)
             self.average.tensors = checkpoint.scattered(weights["average"], self.average.tensors)

@@ -29,6 +29,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -61,8 +62,10 @@ GRIDS: dict[str, dict[str, Any]] = {  # lengths: (epochs, how many of the best p
 }
 CANDIDATES = {"small": (3, 10), "large": (3,)}  # epochs, of the rates 1e-4 to 1e-3 and spans 1 and 10
 DECAYS = (0.0, 0.05)
+PHASES = ("first", "ours", "grid", "rivals", "ablations")
 RIVALS = ("hf, 3 epochs", "hf", "fastai", "autogluon", "bit", "prodigy", "schedule-free")
 ABLATIONS: dict[str, dict[str, Any]] = {  # one automatic choice off, everything else as chosen
+    "one cycle": {"cycles": 1},
     "no solved head": {"solve_head": False},
     "no fallback": {},
     "no one-cycle": {},
@@ -78,7 +81,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # one automatic choice off, everything
     "batch statistics": {"freeze_batchnorm": False},
     "stem open": {"unfreezing": "head_then_all"},
 }
-OF_IMAGES, OF_TEXTS, OF_LARGE = ("bit", "no augmentation", "batch statistics"), ("stem open",), ("no patience",)
+OF_IMAGES, OF_TEXTS, OF_LARGE = (
+    ("bit", "no augmentation", "batch statistics"),
+    ("stem open",),
+    ("no patience", "no average"),
+)
+OF_SMALL = ("one cycle",)
 Entry = dict[str, Any]
 Cell = tuple[str, dict[str, Any]]  # an arm and its dials
 
@@ -135,7 +143,7 @@ def candidates(size: str) -> list[dict[str, Any]]:
 
 
 def wanted(task: Task, found: list[Entry], phase: str) -> list[Cell]:
-    """Runs of a phase ("first", "grid", "arms") that can be made now, given those of this task that are there.
+    """Runs of a phase that can be made now, given those of this task that are there.
 
     Rungs of the grid appear as those before them are complete, so this is asked again until nothing is left.
     """
@@ -146,8 +154,11 @@ def wanted(task: Task, found: list[Entry], phase: str) -> list[Cell]:
 
     if phase == "first":
         return missing([("probe", {}), *(("grid", dials) for dials in candidates(task.size))])
-    if phase == "arms":
-        return missing(arms(task, [entry for entry in found if entry["arm"] == "ours"]))
+    if phase == "ours":
+        return missing([("ours", {})])
+    if phase in ("rivals", "ablations"):
+        of = RIVALS if phase == "rivals" else tuple(ABLATIONS)
+        return missing(arms(task, of, [entry for entry in found if entry["arm"] == "ours"]))
     grid = GRIDS[task.size]
     cells = [("grid", {"lr": lr, "span": span, "epochs": 3}) for lr, span in product(grid["rates"], grid["spans"])]
     cells = missing(cells)
@@ -169,20 +180,19 @@ def plain(entry: Mapping[str, Any]) -> bool:
     return entry["arm"] == "grid" and "weight_decay" not in entry["dials"]
 
 
-def arms(task: Task, ours: list[Entry]) -> list[Cell]:
+def arms(task: Task, of: Iterable[str], ours: list[Entry]) -> list[Cell]:
     """Rivals at the length of ours, and ours with one choice off."""
-    if not ours:
-        return [("ours", {})]
-    if not usable(ours[0]):
+    if not ours or not usable(ours[0]):
         return []
     chosen, image = ours[0]["chosen"], modality(task.set) == "image"
     same = {"epochs": chosen["epochs"]}
-    skipped = (*(OF_TEXTS if image else OF_IMAGES), *(() if task.size == "large" else OF_LARGE))
+    skipped = (*(OF_TEXTS if image else OF_IMAGES), *(OF_SMALL if chosen["cycles"] == 1 else OF_LARGE))
     skipped += ("batch of 32",) if chosen["batch_size"] == 32 else ()
     skipped += ("3 epochs", "hf, 3 epochs") if chosen["epochs"] == 3 else ()
     skipped += ("no calibration",) if task.set == "sts" else ()
-    long = (*RIVALS[1:], "no solved head", "no one-cycle")
-    return [(arm, same if arm in long else {}) for arm in (*RIVALS, *ABLATIONS) if arm not in skipped]
+    dials = dict.fromkeys((*RIVALS[1:], "no solved head", "one cycle"), same)
+    dials["no one-cycle"] = same | {"cycles": chosen["cycles"]}
+    return [(arm, dials.get(arm, {})) for arm in of if arm not in skipped]
 
 
 # Figures
@@ -356,7 +366,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th task from the i-th on")
-    parser.add_argument("--phases", nargs="*", default=["first", "grid", "arms"], help="those alone")
+    parser.add_argument("--phases", nargs="*", default=PHASES, help="those alone")
+    parser.add_argument("--tasks", default="", help="those alone whose name has this regular expression")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--redo", nargs="*", default=[], help="forget these arms first, as after a change of the rules")
     parser.add_argument("--report", action="store_true")
@@ -374,7 +385,7 @@ def main() -> None:
     deadline, (shard, shards) = time.time() + 60 * options.minutes, map(int, options.shard.split("/"))
     for size, half in product(ROWS, (DEVELOP, HELD_OUT)):
         for phase in options.phases:
-            for task in tasks(half, size)[shard::shards]:
+            for task in filter(lambda task: re.search(options.tasks, task.name), tasks(half, size)[shard::shards]):
                 arguments = (task, phase, options.seed, options.data, deadline, commit)
                 process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
                 process.start()

@@ -31,7 +31,7 @@ import finetune.fitting
 from finetune.data.splits import Splits
 from finetune.plan.onecycle import Flat, LinearDecay, OneCycle
 from finetune.plan.rates import param_groups
-from finetune.plan.stages import Plan, Stage
+from finetune.plan.stages import Plan, Stage, gradual_unfreezing
 from finetune.train.selection import clearly_better, head_is_better
 from finetune.train.trainer import Trainer
 
@@ -101,10 +101,15 @@ def call(arm: str, dials: Mapping[str, Any], kind: str, groups: int) -> tuple[di
     """
     settings, epochs, first = dict(dials), dials.get("epochs"), int(kind == "text")
     own: dict[str, Any]
-    if arm in ("ours", "grid"):
-        return {"settings": settings}, {}
+    if arm == "ours":
+        return {}, {}
+    if arm == "grid":
+        return {"settings": settings | {"cycles": 1}}, {}
     if arm == "no one-cycle":
-        plan = Plan(Stage(open_from=first, epochs=epochs, shape=Flat()))
+        style = "head_then_all" if kind == "image" else "all_but_stem"
+        plan = gradual_unfreezing(
+            groups, dials["epochs"], style=style, head_epochs=0.0, shape=Flat(), cycles=dials["cycles"]
+        )
         return {"plan": plan, "settings": {"solve_head": True}}, {}
     if arm in ABLATIONS:
         return {"settings": settings | ABLATIONS[arm]}, {}
@@ -241,7 +246,7 @@ class Worker:
             "head_better": any(head_better),
             "rewinds": len(record["rewinds"]),
             "rows": record["data"]["counts"],
-            "chosen": {dial: settings[dial] for dial in ("lr", "span", "epochs", "batch_size", "solve_head")},
+            "chosen": {dial: settings[dial] for dial in ("lr", "span", "epochs", "cycles", "batch_size", "solve_head")},
         }
 
     def close(self) -> None:

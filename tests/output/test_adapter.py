@@ -27,6 +27,7 @@ from finetune.errors import BackboneError, PlanError, RunError
 from finetune.model.lora import base_of
 from finetune.model.pretrained import Preprocessing
 from finetune.output.hub import push_to_hub
+from finetune.plan.settings import LONGER, LORA_RATE
 from finetune.run import Run
 from finetune.train import replaying
 from tests.hub_client import Client, hub_environment
@@ -427,9 +428,7 @@ def test_the_rate_is_the_adapters_unless_given(bert: Path, tmp_path: Path) -> No
     assert chosen["lr"]["by"] == "rule" and re.match(r"adapters bear \d+ times the rate of", chosen["lr"]["reason"])
     options["settings"] = {"precision": "fp32"}
     plain = finetune.fit(table("text", "label"), bert, out=tmp_path / "plain", **options).record["settings"]
-    from finetune.plan.settings import LORA_RATE
-
-    assert chosen["lr"]["value"] == pytest.approx(LORA_RATE * plain["lr"]["value"])
+    assert chosen["lr"]["value"] == pytest.approx(LORA_RATE * LONGER * plain["lr"]["value"])
     assert chosen["head_lr"] == plain["head_lr"] and plain["lora"]["value"] == 0
     assert not (tmp_path / "plain" / "adapter").exists()
 

@@ -9,14 +9,14 @@ import pytest
 
 from finetune.errors import PlanError
 from finetune.plan.onecycle import OneCycle
-from finetune.plan.settings import DEFAULTS, DIALS, Settings, choose_settings
+from finetune.plan.settings import DEFAULTS, DIALS, Settings, choose_settings, for_network, from_solved_head
 
 
 def test_the_dials_are_these() -> None:
     """A new dial needs a measurement that calls for it."""
     assert DIALS == (
         "lr", "span", "head_lr", "weight_decay", "betas", "eps", "batch_size", "accumulation", "epochs", "head_epochs",
-        "clip", "freeze_batchnorm", "pct_start", "div_factor", "ema", "calibrate", "augment",
+        "cycles", "clip", "freeze_batchnorm", "pct_start", "div_factor", "ema", "calibrate", "augment",
         "unfreezing", "lora", "precision", "solve_head", "patience", "replay", "replay_views", "replay_memory",
     )  # fmt: skip
 
@@ -43,8 +43,9 @@ def test_small_data_gets_smaller_batches_and_more_epochs() -> None:
 
 GIVEN: dict[str, Any] = {
     "lr": 7e-4, "span": 3.0, "head_lr": 2e-3, "weight_decay": 0.2, "betas": (0.8, 0.95), "eps": 1e-6, "batch_size": 5,
-    "accumulation": 4, "epochs": 1.5, "head_epochs": 0.25, "clip": 0.0, "freeze_batchnorm": False, "pct_start": 0.45,
-    "div_factor": 2.0, "ema": False, "calibrate": False, "augment": "none", "unfreezing": "none", "lora": 0,
+    "accumulation": 4, "epochs": 1.5, "head_epochs": 0.25, "cycles": 2, "clip": 0.0,
+    "freeze_batchnorm": False, "pct_start": 0.45, "div_factor": 2.0, "ema": False, "calibrate": False,
+    "augment": "none", "unfreezing": "none", "lora": 0,
     "precision": "bf16",
     "solve_head": False, "patience": 3, "replay": "off", "replay_views": 2, "replay_memory": 0.5,
 }  # fmt: skip
@@ -160,3 +161,41 @@ def test_printing() -> None:
 
 def test_every_field_is_documented() -> None:
     assert [name for name in DIALS if f"\n    {name}: " not in str(inspect.getdoc(Settings))] == []
+
+
+@pytest.mark.parametrize(
+    ("modality", "rows", "width", "groups", "lr"),
+    [
+        ("text", 200, 384, 8, 3 / (384 * 8)),  # MiniLM
+        ("text", 200, 768, 14, 3 / (768 * 14)),  # BERT
+        ("text", 200, 64, 7, 1e-3),
+        ("text", 5_000, 384, 8, 0.3 * 3 / (384 * 8)),
+        ("image", 5_000, 1280, 19, 3 / (1280 * 19)),
+    ],
+)
+def test_the_rate_falls_with_width_and_depth(modality: str, rows: int, width: int, groups: int, lr: float) -> None:
+    chosen = for_network(
+        from_solved_head(choose_settings(modality, rows), modality, rows), modality, rows, width=width, groups=groups
+    )
+    assert chosen.lr == pytest.approx(lr, rel=1e-3)
+    assert f"{groups} layer groups, {width} wide" in chosen.reasons["lr"][0]
+    given = choose_settings(modality, rows, given={"lr": 0.5})
+    assert for_network(given, modality, rows, width=width, groups=groups).lr == 0.5
+
+
+def test_images_with_a_head_that_is_not_solved_keep_the_published_rate() -> None:
+    chosen = choose_settings("image", 200, given={"solve_head": False})
+    assert for_network(chosen, "image", 200, width=1280, groups=19).lr == DEFAULTS["lr"]["image"][0]
+
+
+def test_few_rows_are_trained_on_twice() -> None:
+    few, many = (from_solved_head(choose_settings("text", rows), "text", rows) for rows in (200, 700))
+    assert (few.cycles, many.cycles) == (2, 1)
+    assert few.epochs == 2 * 7 and len(few.default_plan(8)) == 2 and len(many.default_plan(8)) == 1
+    one = from_solved_head(choose_settings("text", 200, given={"cycles": 1}), "text", 200)
+    assert one.cycles == 1 and one.epochs == 10
+    three = from_solved_head(choose_settings("text", 200, given={"epochs": 5.0}), "text", 200)
+    assert (three.cycles, three.epochs) == (1, 5.0), "the user's epochs are one training"
+    adapters = choose_settings("text", 200, given={"lora": 8})
+    adapters = for_network(from_solved_head(adapters, "text", 200), "text", 200, width=384, groups=8)
+    assert (adapters.cycles, adapters.epochs) == (1, 7) and adapters.lr == pytest.approx(10 * 0.3 * 3 / 384 / 8)

@@ -17,7 +17,7 @@ from finetune.train.evaluate import Evaluation
 from finetune.train.selection import (
     Average,
     averages_at,
-    calibrated_loss,
+    calibrated_losses,
     candidate,
     clearly_better,
     head_is_better,
@@ -77,7 +77,8 @@ def test_the_solved_head_stays_where_training_lost_something() -> None:
 def test_being_too_sure_is_not_being_worse() -> None:
     head, surer = logits([2, 3, -1, 2, 1, 3, 2, -1]), logits([2, 3, -0.5, 2, 1, 3, 2, -1], sure=20.0)
     assert surer.loss > head.loss and not head_is_better(head, surer, TWO)
-    assert calibrated_loss(logits([2, -1, 1], sure=7.0), TWO) == pytest.approx(calibrated_loss(logits([2, -1, 1]), TWO))
+    plain, sure = (calibrated_losses(logits([2, -1, 1], sure=factor), TWO) for factor in (1.0, 7.0))
+    assert plain.shape == (3,) and sure == pytest.approx(plain, rel=1e-3)
 
 
 def test_without_scores_the_loss_tells() -> None:
