@@ -191,11 +191,11 @@ def test_images_with_a_head_that_is_not_solved_keep_the_published_rate() -> None
 def test_few_rows_are_trained_on_twice() -> None:
     few, many = (from_solved_head(choose_settings("text", rows), "text", rows) for rows in (200, 700))
     assert (few.cycles, many.cycles) == (2, 1)
-    assert few.epochs == 2 * 7 and len(few.default_plan(8)) == 2 and len(many.default_plan(8)) == 1
+    assert few.epochs == 2 * 10 and len(few.default_plan(8)) == 2 and len(many.default_plan(8)) == 1
     one = from_solved_head(choose_settings("text", 200, given={"cycles": 1}), "text", 200)
     assert one.cycles == 1 and one.epochs == 10
     three = from_solved_head(choose_settings("text", 200, given={"epochs": 5.0}), "text", 200)
     assert (three.cycles, three.epochs) == (1, 5.0), "the user's epochs are one training"
     adapters = choose_settings("text", 200, given={"lora": 8})
     adapters = for_network(from_solved_head(adapters, "text", 200), "text", 200, width=384, groups=8)
-    assert (adapters.cycles, adapters.epochs) == (1, 7) and adapters.lr == pytest.approx(10 * 0.3 * 3 / 384 / 8)
+    assert (adapters.cycles, adapters.epochs) == (1, 10) and adapters.lr == pytest.approx(10 * 0.3 * 3 / 384 / 8)
