@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.console import clock
 from finetune.output.report import read_run
+from finetune.output.summary import kept_weights
 from finetune.plan.settings import DIALS, OPTIONS, Settings
 from finetune.run import Run
 
@@ -79,7 +80,7 @@ def _story(record: dict[str, Any]) -> list[str]:
     if record.get("why"):
         told.append(f"It ended before its time: {record['why']}.")
     if record.get("kept"):
-        told.append(f"Kept: {KEPT.get(record['kept'], 'the weights of ' + record['kept'] + ', clearly better')}.")
+        told.append(f"Kept: {kept_weights(record)}.")
     degrees = (record.get("calibration") or {}).get("temperature", 1.0)
     if degrees != 1.0:
         sure = "less" if degrees > 1 else "more"
@@ -87,13 +88,6 @@ def _story(record: dict[str, Any]) -> list[str]:
     if not told:
         told.append(f"It has not finished: {record.get('status', 'no status')}.")
     return [line for sentence in told for line in _paragraph(sentence)]
-
-
-KEPT = {
-    "last": "the weights at the end of the schedule",
-    "average": "the average of the weights over the end of the schedule, which validation preferred",
-    "solved head": "the backbone as it came, with the solved head: training it made it no better on validation",
-}
 
 
 def _paragraph(text: str) -> list[str]:

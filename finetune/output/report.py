@@ -22,7 +22,7 @@ from finetune.output import plots
 from finetune.output.interval import of_test_rows, wilson
 from finetune.output.mistakes import read_mistakes
 from finetune.output.plots import Curves, Plot
-from finetune.output.summary import nothing_learnt
+from finetune.output.summary import kept_weights, nothing_learnt
 from finetune.output.tally import Tally, Tested, baseline
 
 BASELINE = {
@@ -142,6 +142,7 @@ def _content(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     named = str(record["backbone"]["name"])
     return {
         "record": record,
+        "kept": kept_weights(record) if record.get("kept") else None,
         "backbone": Path(named).name if Path(named).is_dir() else named,
         "name": Path(str(data["source"])).name or data["source"],
         "kind": kind.replace("_", " "),

@@ -44,6 +44,22 @@ def _gain(record: dict[str, Any], metric: str) -> str:
     return f"{than} the linear probe on validation"
 
 
+KEPT = {
+    "last": "those at the end of the schedule",
+    "average": "the average over the end of the schedule, which validation preferred",
+    "half-way": "the middle between the trained ones and the solved head, whose validation loss was lower",
+    "solved head": "those that came, with the solved head: training made it no better on validation",
+}
+
+
+def kept_weights(record: dict[str, Any]) -> str:
+    """Which weights a run has kept, in words."""
+    kept, cycles = record["kept"], record["settings"].get("cycles", {}).get("value", 1)
+    if kept == "average" and cycles > 1:
+        return f"the average of the ends of {cycles} cycles"
+    return KEPT.get(kept, f"those of {kept}, clearly better on validation")
+
+
 def nothing_learnt(record: dict[str, Any]) -> str:
     """A sentence where the model is no better than always giving the same answer, else ""."""
     split = "test" if "test" in record["metrics"] else "valid"

@@ -1,12 +1,14 @@
 """A run told at length."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 import finetune
 from finetune.data.splits import Splits
-from finetune.output.explain import KEPT, meanings
+from finetune.output.explain import meanings
+from finetune.output.summary import kept_weights
 from finetune.plan.settings import DIALS
 
 
@@ -31,7 +33,7 @@ def test_a_run_and_its_folder(square_splits: Splits, resnet: Path, tmp_path: Pat
         reason = " ".join(record[dial]["reason"].split())
         assert (f"Why: {reason}." in " ".join(said.split())) == (record[dial]["by"] != "user")
     assert "The head was solved in " in said and f"Stage all: {run.record['stages'][0]['steps']} steps" in said
-    assert KEPT.get(run.record["kept"], run.record["kept"]).split(",")[0] in " ".join(said.split())
+    assert f"Kept: {kept_weights(run.record)}." in " ".join(said.split())
     assert "lr = " in said and "(by rule; --lr)" in said
 
 
@@ -48,9 +50,15 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
     said = finetune.explain(folder)
     for words in (
         "went back at step 3, to 0.25 of the rate: the loss rose", "2 steps without a usable gradient",
-        "ended before its time: the loss ran away", "Kept: the weights of epoch 3, clearly better",
+        "ended before its time: the loss ran away", "Kept: those of epoch 3, clearly better on validation",
     ):  # fmt: skip
         assert words in said
+    told = json.loads((folder / "run.json").read_text()) | {
+        "kept": "average",
+        "settings": {"cycles": {"value": 2, "by": "rule", "reason": "few"}},
+    }
+    (folder / "run.json").write_text(json.dumps(told))
+    assert "Kept: the average of the ends of 2 cycles." in finetune.explain(folder)
     (folder / "run.json").write_text(
         '{"backbone": {"name": "b"}, "data": {"counts": {"train": 9}}, "settings": {}, "status": "running"}'
     )
