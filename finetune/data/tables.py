@@ -298,7 +298,7 @@ def find_inputs(part: Part, names: list[str], modality: str | None, labels: tupl
     """Find the input columns among `names`; empty where nothing fits."""
     features = part.data.features  # once, and all cells at once: `datasets` copies them all for each column
     plain = [name for name in names if not isinstance(features[name], datasets.Image)]
-    cells = part.data.select_columns(plain)[: min(50, len(part.data))]
+    cells = part.data.select_columns(plain)[: min(50, len(part.data))] if plain else {}  # of no column: an error there
     values = {name: [cell for cell in cells[name] if cell not in (None, "")] for name in plain}
     lower = {name.lower(): name for name in reversed(names)}
     images = [name for name in names if name not in values]

@@ -163,6 +163,12 @@ def test_datasets_in_memory_and_on_disk(tmp_path: Path):
     assert load_dataset(str(tmp_path / "many")).n == splits.n
 
 
+def test_shuffled_images_and_a_label_and_no_other_column(picture: Callable[..., Image.Image]):
+    data = datasets.Dataset.from_dict({"image": [picture(index) for index in range(12)], "label": ["a", "b"] * 6})
+    splits = load_dataset(data.shuffle(seed=0).select(range(2, 12)))
+    assert len(splits.train) + len(splits.valid) == 10 and splits.task.labels == ("a", "b")
+
+
 def test_dataset_with_image_bytes(picture: Callable[..., Image.Image]):
     features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("string")})
     rows = {"img": [picture(i) for i in range(10)], "label": ["a", "b"] * 5}
