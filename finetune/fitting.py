@@ -34,6 +34,7 @@ from finetune.output.summary import result_lines
 from finetune.plan.stages import Plan
 from finetune.preparing import data_lines, prepare
 from finetune.run import Run
+from finetune.train.balance import UNEVEN, evened, fold_shares, measure
 from finetune.train.calibration import applies, cooled, fold, temperature
 from finetune.train.evaluate import Loss, Metrics
 from finetune.train.folder import open_folder, read_record, release, take, write_record
@@ -174,12 +175,19 @@ def fit(
             train_seconds = time.monotonic() - began - outcome.evaluate_seconds - trainer.head_seconds
             if outcome.status != "finished":
                 say(f"Stopped   {outcome.why}; the weights of {outcome.kept} are kept")
-            degrees = 1.0
-            if ready.settings.calibrate and ready.linear and loss is None and metrics is None:
-                if applies(outcome.valid, splits.task):
+            degrees, balance = 1.0, None
+            if ready.linear and loss is None and metrics is None and applies(outcome.valid, splits.task):
+                layer = cast(nn.Linear, trained.model.get_submodule(ready.linear))
+                if ready.settings.calibrate:
                     degrees = temperature(outcome.valid)
-                    fold(cast(nn.Linear, trained.model.get_submodule(ready.linear)), degrees)
+                    fold(layer, degrees)
                     outcome = replace(outcome, valid=cooled(outcome.valid, splits.task, degrees))
+                balance = measure(splits.train["target"][:], outcome.valid, splits.task)
+                if ready.settings.balance:
+                    fold_shares(layer, balance.log_share_C)
+                    outcome = replace(outcome, valid=evened(outcome.valid, splits.task, balance.log_share_C))
+                if ready.settings.balance or balance.ratio >= UNEVEN:
+                    say(balance.line(applied=ready.settings.balance))
             if splits.test is not None:
                 test = trainer.evaluate(splits.test)
                 curves.log("test", test.metrics, trainer.progress.step)
@@ -218,7 +226,10 @@ def fit(
     record |= {"adapter": adapter.to_json()} if adapter is not None else {}
     record |= describe_run(outcome, test, trainer.plan, len(splits.train), seconds, processes.device) | {
         "versions": versions(),
-        "calibration": described_calibration(degrees, outcome.valid, test, splits.task),
+        "calibration": described_calibration(
+            1.0 if ready.settings.balance else degrees, outcome.valid, test, splits.task
+        ),
+        "balance": balance.to_json(ready.settings.balance) if balance is not None else None,
     }
     if processes.is_main:
         write_record(folder, record)

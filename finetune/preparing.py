@@ -13,6 +13,7 @@ from torch import nn
 from finetune.data.loaders import epoch_order, make_loader
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss
+from finetune.errors import PlanError
 from finetune.model.backbones import load_backbone
 from finetune.model.convex import linear_head_name
 from finetune.model.groups import LayerGroups, layer_groups
@@ -112,6 +113,16 @@ def prepare(
     processes = replace(processes, precision=chosen.precision)
     sample = _sample(pretrained, splits)
     linear, why_not = linear_head_name(pretrained, groups, sample)
+    if chosen.balance and (
+        linear is None
+        or loss is not None
+        or splits.task.kind != "single_label_classification"
+        or pretrained.model.get_submodule(linear).bias is None
+    ):
+        raise PlanError(
+            "balance=True: is folded into the bias of a new linear head for one class out of several, with the task's "
+            f"own loss; {why_not or 'this run has no such head'}; leave it out"
+        )
     layer, reason = _solvable(linear, why_not, chosen, loss, plan)
     if layer is None:
         chosen = chosen.changed(reason, by="rule", solve_head=False)

@@ -128,6 +128,7 @@ class Settings:
         div_factor: Peak rate over first rate.
         ema: Also try averaged weights at the end.
         calibrate: Fold the temperature that suits the validation rows into the head.
+        balance: Weigh all classes alike, however many rows they have, see `finetune.train.balance`.
         unfreezing: Named plan, see `gradual_unfreezing`.
         lora: Rank of the adapters that train in place of the body's weights, see `finetune.model.lora`; 0: none.
         augment: "default": random crops and horizontal flips of training images; "none" where left and right matter.
@@ -158,6 +159,7 @@ class Settings:
     div_factor: float
     ema: bool
     calibrate: bool
+    balance: bool
     augment: Literal["default", "none"]
     unfreezing: Unfreezing
     lora: int
@@ -283,6 +285,11 @@ def choose_settings(
         "calibrate": (
             True,
             "probabilities as the validation rows have them (Guo et al. 2017); no answer changes",
+            "rule",
+        ),
+        "balance": (
+            False,
+            "classes count as often as they occur; where they are uneven, the run says what weighing them alike does",
             "rule",
         ),
         "solve_head": (True, "a linear head on frozen features has an optimum: no rate, no epochs", "rule"),

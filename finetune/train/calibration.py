@@ -44,7 +44,11 @@ def fold(layer: nn.Linear, by: float) -> None:
 
 def cooled(found: Evaluation, task: Task, by: float) -> Evaluation:
     """The evaluation of the model with its logits divided by a temperature."""
-    outputs = np.asarray(found.outputs) / by
+    return with_outputs(found, task, np.asarray(found.outputs) / by)
+
+
+def with_outputs(found: Evaluation, task: Task, outputs: np.ndarray) -> Evaluation:
+    """The evaluation of a model that answers these logits instead."""
     values = metrics(task, outputs, found.targets)
     loss = float(cast(float, values["log_loss"]))
     return replace(found, outputs=outputs, loss=loss, metrics={**values, "loss": loss})

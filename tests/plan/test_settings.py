@@ -16,7 +16,7 @@ def test_the_dials_are_these() -> None:
     """A new dial needs a measurement that calls for it."""
     assert DIALS == (
         "lr", "span", "head_lr", "weight_decay", "betas", "eps", "batch_size", "accumulation", "epochs", "head_epochs",
-        "cycles", "clip", "freeze_batchnorm", "pct_start", "div_factor", "ema", "calibrate", "augment",
+        "cycles", "clip", "freeze_batchnorm", "pct_start", "div_factor", "ema", "calibrate", "balance", "augment",
         "unfreezing", "lora", "precision", "solve_head", "patience", "replay", "replay_views", "replay_memory",
     )  # fmt: skip
 
@@ -44,7 +44,7 @@ def test_small_data_gets_smaller_batches_and_more_epochs() -> None:
 GIVEN: dict[str, Any] = {
     "lr": 7e-4, "span": 3.0, "head_lr": 2e-3, "weight_decay": 0.2, "betas": (0.8, 0.95), "eps": 1e-6, "batch_size": 5,
     "accumulation": 4, "epochs": 1.5, "head_epochs": 0.25, "cycles": 2, "clip": 0.0,
-    "freeze_batchnorm": False, "pct_start": 0.45, "div_factor": 2.0, "ema": False, "calibrate": False,
+    "freeze_batchnorm": False, "pct_start": 0.45, "div_factor": 2.0, "ema": False, "calibrate": False, "balance": True,
     "augment": "none", "unfreezing": "none", "lora": 0,
     "precision": "bf16",
     "solve_head": False, "patience": 3, "replay": "off", "replay_views": 2, "replay_memory": 0.5,
