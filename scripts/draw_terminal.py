@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyte
 
-COLUMNS, LINES = 132, 26
+COLUMNS, LINES = 132, 34
 PAGE = """<!doctype html><meta charset="utf-8"><style>
 body {{ margin: 0; background: #14181f; color: #e4e8ef; font: 14px/1.35 "DejaVu Sans Mono", monospace; }}
 pre {{ margin: 0; padding: 16px 20px; font: inherit; }}
