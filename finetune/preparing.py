@@ -259,8 +259,6 @@ def _fit_into(
     dials: dict[str, Any] = {"epochs": round(epochs, 3)}
     if settings.reasons["head_epochs"][1] != "user" and not settings.solve_head:
         dials["head_epochs"] = round(epochs / 4.0, 3)
-    if (
-        settings.reasons["cycles"][1] != "user" and epochs < settings.epochs
-    ):  # one long training, not several short ones
-        dials["cycles"] = 1
+    if settings.reasons["cycles"][1] != "user" and epochs < settings.epochs:
+        dials["cycles"] = 1  # one long training, not several short ones
     return settings.changed(reason, **dials)

@@ -249,7 +249,8 @@ class Trainer:
         if not self.plan.stages[index].anew:
             return
         if self.plan.cycles(index) == 1:
-            self.start_weights = self.head_weights or checkpoint.snapshot(self.model)
+            solved = index == 0 and self.head is not None
+            self.start_weights = self.head_weights if solved else checkpoint.snapshot(self.model)
         else:
             checkpoint.restore(self.model, self.start_weights)
             self.optimizer = self.new_optimizer()
@@ -552,7 +553,7 @@ class Trainer:
         optimizer = checkpoint.optimizer_state(self.optimizer)
         if self.average is not None:
             weights["average"] = checkpoint.gathered(self.average.tensors)
-        if self.start_weights and not self.head_weights:
+        if self.start_weights is not self.head_weights and self.start_weights:
             weights["start"] = self.start_weights
         if self.processes.is_main:
             if self.head is not None:
