@@ -169,7 +169,7 @@ def chosen_lines(settings: Settings, rates: Sequence[float], processes: Processe
     for dial, words in said.items():
         reason, by = settings.reasons[dial]
         reason = "as asked for" if by == "user" else reason if len(reason) <= 84 else f"{reason[:83].rstrip()}…"
-        lines.append(f"{words:<38} {reason}" + (f"  ({OPTIONS[dial]})" if dial in OPTIONS else ""))
+        lines.append(f"{words:<40} {reason}" + (f"  ({OPTIONS[dial]})" if dial in OPTIONS else ""))
     return _labelled("Chosen", lines)
 
 

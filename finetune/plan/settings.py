@@ -359,7 +359,7 @@ def from_solved_head(settings: Settings, modality: str, rows: int) -> Settings:
             settings = settings.changed(reason, by="rule", cycles=CYCLES)
         by_steps = math.ceil(SOLVED_STEPS[modality] * settings.batch_size / max(1, rows))
         epochs = float(max(3, round(SOLVED_SHARE * settings.epochs), min(MOST_EPOCHS, by_steps)))
-        settings = settings.changed(f"{rows} rows, and a solved head: less than a new one needs, but 3 or more a cycle",
+        settings = settings.changed(f"{rows} rows, and a head that is solved: 3 a cycle or more",
                                     by="rule", epochs=settings.cycles * epochs)  # fmt: skip
     return settings.changed("none: the head is solved", by="rule", head_epochs=0.0)
 
