@@ -182,7 +182,13 @@ class Loader:
                 if self.workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                     raise
                 print("Warning   a loading process died; loading goes on in the main process", file=sys.stderr)
-                self.workers, loading = 0, iter(self.loader(self.rows[done:], 0))
+                self.workers = 0
+                try:
+                    loading = iter(self.loader(self.rows[done:], 0))
+                except RuntimeError as late:  # from torch's handler of the signal, after the closed pipe
+                    if "DataLoader worker" not in str(late):
+                        raise
+                    loading = iter(self.loader(self.rows[done:], 0))
                 continue
             done += 1
             yield self.checked(batch)

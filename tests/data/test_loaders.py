@@ -1,6 +1,7 @@
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -187,6 +188,27 @@ def test_a_loading_process_that_dies_costs_nothing(folder: Make, capfd: pytest.C
     for one, other in zip(found, plain, strict=True):
         assert torch.equal(one.inputs["pixel_values"], other.inputs["pixel_values"])
     assert "loading goes on in the main process" in capfd.readouterr().err
+
+
+def test_the_signal_of_a_death_may_come_after_its_closed_pipe(folder: Make, monkeypatch: pytest.MonkeyPatch):
+    splits = load_images(folder(cat=4, dog=4))
+    made = make_loader(splits.train, splits.task, PRE, [[0, 1], [2, 3]], train=False, workers=1)
+    plain, calls = made.loader, []
+
+    def loader(rows: list[list[int]], workers: int) -> Any:
+        calls.append(workers)
+        if len(calls) == 1:
+            return iter(dying())
+        if len(calls) == 2:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+        return plain(rows, workers)
+
+    def dying() -> Iterator[Any]:
+        raise ConnectionResetError
+        yield
+
+    monkeypatch.setattr(made, "loader", loader)
+    assert [batch.index.tolist() for batch in made] == [[0, 1], [2, 3]] and calls == [1, 0, 0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
