@@ -15,7 +15,7 @@ SMALL = dials.Task("trec6", "minilm", "small")
 def entry(arm: str, score: float, *, task: str = SMALL.name, loss: float = 1.0, **settings: Any) -> dict[str, Any]:
     """A run with the same scores on validation and test."""
     figures = {"score": score, "log_loss": loss}
-    chosen = {"epochs": 5, "cycles": 2 if "/small" in task else 1, "batch_size": 16}
+    chosen = {"epochs": 5, "span": 10.0, "cycles": 2 if "/small" in task else 1, "batch_size": 16}
     return {"task": task, "arm": arm, "dials": settings, "seed": 0, "valid": figures, "test": figures,
             "cpu_seconds": 10.0, "chosen": chosen}  # fmt: skip
 
@@ -57,8 +57,11 @@ def test_rivals_see_as_many_examples_as_ours() -> None:
     texts, images = cells(SMALL), cells(dials.Task("dogs_cats", "torch", "large"))
     assert texts["fastai"] == texts["autogluon"] == texts["no solved head"] == texts["one cycle"] == {"epochs": 5}
     assert texts["no one-cycle"] == {"epochs": 5, "cycles": 2} and texts["hf, 3 epochs"] == texts["one rate"] == {}
-    assert "stem open" in texts and not {"bit", "no patience", "no average"} & set(texts)
-    assert {"bit", "no patience", "no average"} <= set(images) and not {"stem open", "one cycle"} & set(images)
+    assert texts["no momentum cycle"] == texts["no one-cycle"]
+    assert texts["peak rate of 3e-4"] == {"lr": 3e-4, "span": 10.0}  # a given rate would bring the default span along
+    assert {"stem open", "adapters"} <= set(texts) and not {"bit", "no patience", "no average", "one view"} & set(texts)
+    assert {"bit", "no patience", "no average", "one view"} <= set(images)
+    assert not {"stem open", "one cycle", "adapters"} & set(images)
 
 
 def test_the_halves_are_apart_and_every_set_is_in_one() -> None:

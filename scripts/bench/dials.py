@@ -69,20 +69,30 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # one automatic choice off, everything
     "no solved head": {"solve_head": False},
     "no fallback": {},
     "no one-cycle": {},
+    "no momentum cycle": {},
+    "peak rate of 3e-4": {},
     "one rate": {"span": 1.0},
     "no average": {"ema": False},
     "no calibration": {"calibrate": False},
     "no decay": {"weight_decay": 0.0},
     "no clipping": {"clip": 0.0},
+    "climb over half": {"pct_start": 0.5},
+    "div_factor of 5": {"div_factor": 5.0},
+    "betas .9, .999": {"betas": (0.9, 0.999)},
+    "epsilon of 1e-5": {"eps": 1e-5},
     "3 epochs": {"epochs": 3},
     "batch of 32": {"batch_size": 32},
     "no patience": {"patience": 0},
     "no augmentation": {"augment": "none"},
     "batch statistics": {"freeze_batchnorm": False},
     "stem open": {"unfreezing": "head_then_all"},
+    "adapters": {"lora": 8},
+    "classes alike": {"balance": True},
+    "no replay": {"replay": "off"},
+    "one view": {"replay_views": 1},
 }
 OF_IMAGES, OF_TEXTS, OF_LARGE = (
-    ("bit", "no augmentation", "batch statistics"),
+    ("bit", "no augmentation", "batch statistics", "one view"),
     ("stem open",),
     ("no patience", "no average"),
 )
@@ -189,9 +199,11 @@ def arms(task: Task, of: Iterable[str], ours: list[Entry]) -> list[Cell]:
     skipped = (*(OF_TEXTS if image else OF_IMAGES), *(OF_SMALL if chosen["cycles"] == 1 else OF_LARGE))
     skipped += ("batch of 32",) if chosen["batch_size"] == 32 else ()
     skipped += ("3 epochs", "hf, 3 epochs") if chosen["epochs"] == 3 else ()
-    skipped += ("no calibration",) if task.set == "sts" else ()
+    skipped += ("no calibration", "classes alike") if task.set == "sts" else ()
+    skipped += ("adapters",) if image else ()
     dials = dict.fromkeys((*RIVALS[1:], "no solved head", "one cycle"), same)
-    dials["no one-cycle"] = same | {"cycles": chosen["cycles"]}
+    dials["no one-cycle"] = dials["no momentum cycle"] = same | {"cycles": chosen["cycles"]}
+    dials["peak rate of 3e-4"] = {"lr": 3e-4, "span": chosen["span"]}
     return [(arm, dials.get(arm, {})) for arm in of if arm not in skipped]
 
 

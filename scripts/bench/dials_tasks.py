@@ -31,6 +31,7 @@ import finetune.fitting
 from finetune.data.splits import Splits
 from finetune.plan.onecycle import Flat, LinearDecay, OneCycle
 from finetune.plan.rates import param_groups
+from finetune.plan.settings import DEFAULTS
 from finetune.plan.stages import Plan, Stage, gradual_unfreezing
 from finetune.train.selection import clearly_better, head_is_better
 from finetune.train.trainer import Trainer
@@ -105,10 +106,11 @@ def call(arm: str, dials: Mapping[str, Any], kind: str, groups: int) -> tuple[di
         return {}, {}
     if arm == "grid":
         return {"settings": settings | {"cycles": 1}}, {}
-    if arm == "no one-cycle":
+    if arm in ("no one-cycle", "no momentum cycle"):
+        shape = Flat() if arm == "no one-cycle" else OneCycle(DEFAULTS["pct_start"][kind][0], momentum=None)
         style = "head_then_all" if kind == "image" else "all_but_stem"
         plan = gradual_unfreezing(
-            groups, dials["epochs"], style=style, head_epochs=0.0, shape=Flat(), cycles=dials["cycles"]
+            groups, dials["epochs"], style=style, head_epochs=0.0, shape=shape, cycles=dials["cycles"]
         )
         return {"plan": plan, "settings": {"solve_head": True}}, {}
     if arm in ABLATIONS:
