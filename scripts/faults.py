@@ -115,7 +115,7 @@ FAULTS = [
     found_in("a rate that is too high for the weights to go back to", "train/test_trainer.py",
              "train/trainer.py", '"factor": SLOWER,', '"factor": 1.0,'),
     found_in("a rewind before a kill", "train/test_trainer.py",
-             "train/trainer.py", 'self.say(f"Back      {why}: this stage again from the weights of {best}, at {SLOWER:g} of the rate")\n        self.save_checkpoint()', "pass"),
+             "train/trainer.py", 'self.say(f"Back      {why}: this stage again from {best}, at {SLOWER:g} of the rate")\n        self.save_checkpoint()', "pass"),
     found_in("images that vanish under way", "train/test_trainer.py",
              "train/trainer.py", "if len(lost) > max(1.0, UNREADABLE_SHARE * rows):", "if False:"),
     found_in("a picture that cannot be read any more", "data/test_loaders.py",

@@ -173,32 +173,30 @@ class Loader:
         Raises:
             DataError: A row that cannot be read, and may not be left out.
         """
-        loading, done = iter(self.loader(self.rows, self.workers)), 0
+        loading, done = None, 0
         while done < len(self.rows):
             try:
+                loading = iter(self.loader(self.rows[done:])) if loading is None else loading
                 batch = next(loading)
             except (RuntimeError, OSError, EOFError) as error:
-                # How the death of a process shows depends on what it was doing: torch's own error, a closed pipe.
-                if self.workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+                # How the death of a process shows depends on what it was doing: a closed pipe, torch's own error, or
+                # first the one and then, from torch's handler of the signal, the other.
+                dead = "DataLoader worker" in str(error)
+                if not dead and (self.workers == 0 or isinstance(error, RuntimeError)):
                     raise
-                print("Warning   a loading process died; loading goes on in the main process", file=sys.stderr)
-                self.workers = 0
-                try:
-                    loading = iter(self.loader(self.rows[done:], 0))
-                except RuntimeError as late:  # from torch's handler of the signal, after the closed pipe
-                    if "DataLoader worker" not in str(late):
-                        raise
-                    loading = iter(self.loader(self.rows[done:], 0))
+                if self.workers > 0:
+                    print("Warning   a loading process died; loading goes on in the main process", file=sys.stderr)
+                self.workers, loading = 0, None
                 continue
             done += 1
             yield self.checked(batch)
 
-    def loader(self, rows: list[list[int]], workers: int) -> DataLoader[Batch]:
+    def loader(self, rows: list[list[int]]) -> DataLoader[Batch]:
         """Torch's own."""
         return DataLoader(
             self.batches,
             batch_sampler=rows,
-            num_workers=workers,
+            num_workers=self.workers,
             collate_fn=as_is,
             pin_memory=torch.cuda.is_available(),
         )

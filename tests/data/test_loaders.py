@@ -195,13 +195,13 @@ def test_the_signal_of_a_death_may_come_after_its_closed_pipe(folder: Make, monk
     made = make_loader(splits.train, splits.task, PRE, [[0, 1], [2, 3]], train=False, workers=1)
     plain, calls = made.loader, []
 
-    def loader(rows: list[list[int]], workers: int) -> Any:
-        calls.append(workers)
+    def loader(rows: list[list[int]]) -> Any:
+        calls.append(made.workers)
         if len(calls) == 1:
             return iter(dying())
         if len(calls) == 2:
             raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
-        return plain(rows, workers)
+        return plain(rows)
 
     def dying() -> Iterator[Any]:
         raise ConnectionResetError
