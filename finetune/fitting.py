@@ -39,6 +39,7 @@ from finetune.train.calibration import applies, cooled, fold, temperature
 from finetune.train.evaluate import Loss, Metrics
 from finetune.train.folder import open_folder, read_record, release, take, write_record
 from finetune.train.processes import start_processes
+from finetune.train.resuming import drop_checkpoints
 from finetune.train.trackers import Trackers, check_names, described
 from finetune.train.trainer import Trainer
 
@@ -235,7 +236,7 @@ def fit(
         write_record(folder, record)
         if adapter is not None:
             write_card(folder / "adapter")
-        trainer.drop_checkpoints()
+        drop_checkpoints(folder)
         release(folder)
     processes.wait()
     for line in result_lines(record, folder):

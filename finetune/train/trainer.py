@@ -2,32 +2,29 @@
 
 import itertools
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 
 from finetune.console import clock, headline, shown
 from finetune.data.decoded import DecodedCache
 from finetune.data.loaders import Batch, epoch_order, make_loader, text_lengths
 from finetune.data.splits import Splits
 from finetune.data.task import main_metric, units
-from finetune.errors import DataError, PlanError, RunError
+from finetune.errors import DataError, PlanError
 from finetune.model.groups import LayerGroups, set_mode, set_trainable
 from finetune.model.pretrained import Pretrained
 from finetune.model.sharding import whole
 from finetune.plan.rates import param_groups
 from finetune.plan.settings import Settings
 from finetune.plan.stages import Point, ResolvedPlan
-from finetune.train import checkpoint, memory
+from finetune.train import checkpoint, memory, resuming
 from finetune.train.evaluate import Evaluation, Loss, Metrics, as_float, evaluate
 from finetune.train.group_norms import GroupNorms
 from finetune.train.processes import Processes
@@ -42,7 +39,7 @@ from finetune.train.selection import (
     standing,
 )
 from finetune.train.solving import solve
-from finetune.train.steplog import StepLog, cut
+from finetune.train.steplog import StepLog
 from finetune.train.stopping import Interrupted, StopWish, listening
 from finetune.train.trackers import Trackers
 
@@ -127,7 +124,7 @@ class Trainer:
         """Train through every stage of the plan, from a checkpoint if the folder holds one, and keep the best
         weights."""
         with listening() as self.stop:
-            self.resume()
+            resuming.resume(self)
             self.saved_at = time.monotonic()
             path = self.folder / "steps.jsonl" if self.processes.is_main else None
             self.trackers.start(self.progress.step)
@@ -189,10 +186,6 @@ class Trainer:
         """Tokens of each row, by which batches of text are put together."""
         task = self.splits.task
         return text_lengths(dataset, task, cast(Any, self.pretrained.processor)) if task.modality == "text" else None
-
-    def drop_checkpoints(self) -> None:
-        """Delete what only an unfinished run needs."""
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def solve_head(self, layer: str) -> None:
         """Begin with the optimal head on the frozen features, and remember it as what all training has to beat."""
@@ -546,77 +539,13 @@ class Trainer:
 
     def save_checkpoint(self) -> bool:
         """Write a checkpoint; whether that worked, as the main process sees it."""
-        begin, saved = time.monotonic(), True
+        begin = time.monotonic()
         self.progress.gradients = self.norms.state()
-        # What is spread over the processes is gathered by all of them, before the first one writes it.
-        weights = {"model": checkpoint.snapshot(self.model), "best": self.best_weights}
-        optimizer = checkpoint.optimizer_state(self.optimizer)
-        if self.average is not None:
-            weights["average"] = checkpoint.gathered(self.average.tensors)
-        if self.start_weights is not self.head_weights and self.start_weights:
-            weights["start"] = self.start_weights
-        if self.processes.is_main:
-            if self.head is not None:
-                names = [f"{self.solvable}.{name}" for name in ("weight", "bias")]
-                weights["head"] = {name: self.head_weights[name] for name in names if name in self.head_weights}
-            try:
-                checkpoint.save(
-                    self.folder / "checkpoints",
-                    self.progress.step,
-                    weights=weights,
-                    optimizer=optimizer,
-                    progress=vars(self.progress),
-                )
-            except OSError as error:
-                saved = False
-                self.say(f"Warning   no checkpoint ({error.strerror or error}); training goes on, unsaved")
+        saved = resuming.save(self)
         self.processes.wait()
         self.saved_at = time.monotonic()
         self.save_took = self.saved_at - begin
         return saved
-
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint of the folder; lines of `steps.jsonl` beyond it are dropped."""
-        path = self.processes.first(lambda: checkpoint.newest(self.folder / "checkpoints", self.say))
-        if path is not None:
-            try:
-                self.take_up(*checkpoint.load(path))
-            except UnpicklingError:
-                raise RunError(
-                    f"{path}: its optimizer.pt holds more than numbers, which loading it would run; start anew with "
-                    "--overwrite, and do not use what came with it"
-                ) from None
-            # After --resume-anyway
-            except (RuntimeError, ValueError, TypeError, KeyError, IndexError, OSError, SafetensorError) as error:
-                why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-                raise RunError(
-                    f"{path}: does not fit this run ({why}); start anew with --overwrite, or take the backbone and the "
-                    "labels that it was begun with"
-                ) from None
-            self.say(f"Resumed   from step {self.progress.step} of {self.plan.steps}")
-        if self.processes.is_main:
-            cut(self.folder / "steps.jsonl", self.progress.step)
-
-    def take_up(
-        self, weights: dict[str, checkpoint.Weights], optimizer: dict[str, Any], progress: dict[str, Any]
-    ) -> None:
-        """Be where a checkpoint was."""
-        if "head" in weights:  # the model is still as it was loaded
-            like = {name: tensor for name, tensor in self.model.state_dict().items() if name in weights["head"]}
-            self.model.load_state_dict(checkpoint.scattered(weights["head"], like), strict=False)
-            self.head, self.head_weights = self.evaluate(), checkpoint.snapshot(self.model)
-        self.norms.begin()
-        self.norms.restore(progress["gradients"])
-        checkpoint.restore(self.model, weights["model"])
-        self.best_weights, self.start_weights = weights["best"], weights.get("start") or self.head_weights
-        if "average" in weights:
-            self.average = Average(self.model)
-            self.average.tensors = checkpoint.scattered(weights["average"], self.average.tensors)
-        checkpoint.restore_optimizer(self.optimizer, optimizer)
-        self.progress = Progress(**progress)
-        self.plan = self.progress.applied_to(self.planned)
-        if self.progress.recompute:
-            memory.save_activations(self.model)
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

@@ -18,6 +18,7 @@ from finetune.data.task import default_loss
 from finetune.errors import RunError
 from finetune.train import checkpoint, selection, stopping
 from finetune.train.evaluate import Evaluation
+from finetune.train.resuming import drop_checkpoints
 from finetune.train.trainer import Outcome, Trainer
 from tests.train.runs import differences, make, state, steps
 
@@ -196,7 +197,7 @@ def test_checkpoints_are_written_when_the_last_is_old(kinds: dict[str, Kind], tm
     run.save_checkpoint = quick  # type: ignore[method-assign]
     run.run()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000019", "step-0000020"]
-    run.drop_checkpoints()
+    drop_checkpoints(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
