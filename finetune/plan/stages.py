@@ -246,8 +246,10 @@ def gradual_unfreezing(
         )
     if style == "one_at_a_time":
         share = epochs / 2.0 / (groups - 1)
+        scale = head_lr_scale if head > 0 else 1.0
         return Plan(
-            *(Stage(open_from=-1 - opened, epochs=share, shape=shape) for opened in range(groups - 1)),
+            Stage(open_from=-1, epochs=share, shape=shape, lr_scale=scale),
+            *(Stage(open_from=-1 - opened, epochs=share, shape=shape) for opened in range(1, groups - 1)),
             *_in_cycles(Stage(open_from=0, epochs=epochs / 2.0, shape=shape), cycles),
         )
     raise PlanError(

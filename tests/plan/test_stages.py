@@ -155,7 +155,10 @@ def test_styles() -> None:
     assert stages("head_then_all", head_epochs=3.0, head_lr_scale=5.0) == [(-1, 3.0, 5.0), (0, 5.0, 1.0)]
     assert stages("head_then_all", head_epochs=7.0) == [(-1, 4.0, 1.0), (0, 4.0, 1.0)]
     assert stages("three_stages", head_epochs=2.0) == [(-1, 2.0, 1.0), (3, 2.0, 1.0), (0, 4.0, 1.0)]
-    assert stages("one_at_a_time") == [(-1 - i, 0.8, 1.0) for i in range(5)] + [(0, 4.0, 1.0)]
+    rest = [(-1 - i, 0.8, 1.0) for i in range(1, 5)] + [(0, 4.0, 1.0)]
+    assert stages("one_at_a_time") == [(-1, 0.8, 1.0), *rest]
+    assert stages("one_at_a_time", head_lr_scale=5.0) == [(-1, 0.8, 5.0), *rest]
+    assert stages("one_at_a_time", head_lr_scale=5.0, head_epochs=0.0) == [(-1, 0.8, 1.0), *rest]  # it is solved
 
 
 def test_all_but_stem_leaves_the_first_group_frozen() -> None:
