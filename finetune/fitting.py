@@ -1,7 +1,7 @@
 """The whole line on one page: data, backbone and choices go in, a trained `Run` comes out."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +31,13 @@ from finetune.output.record import (
     versions,
 )
 from finetune.output.summary import result_lines
+from finetune.plan.settings import Settings
 from finetune.plan.stages import Plan
 from finetune.preparing import data_lines, prepare
 from finetune.run import Run
-from finetune.train.balance import UNEVEN, evened, fold_shares, measure
+from finetune.train.balance import UNEVEN, Balance, evened, fold_shares, measure
 from finetune.train.calibration import applies, cooled, fold, temperature
-from finetune.train.evaluate import Loss, Metrics
+from finetune.train.evaluate import Evaluation, Loss, Metrics
 from finetune.train.folder import open_folder, read_record, release, take, write_record
 from finetune.train.processes import start_processes
 from finetune.train.resuming import drop_checkpoints
@@ -179,16 +180,8 @@ def fit(
             degrees, balance = 1.0, None
             if ready.linear and loss is None and metrics is None and applies(outcome.valid, splits.task):
                 layer = cast(nn.Linear, trained.model.get_submodule(ready.linear))
-                if ready.settings.calibrate:
-                    degrees = temperature(outcome.valid)
-                    fold(layer, degrees)
-                    outcome = replace(outcome, valid=cooled(outcome.valid, splits.task, degrees))
-                balance = measure(splits.train["target"][:], outcome.valid, splits.task)
-                if ready.settings.balance:
-                    fold_shares(layer, balance.log_share_C)
-                    outcome = replace(outcome, valid=evened(outcome.valid, splits.task, balance.log_share_C))
-                if ready.settings.balance or balance.ratio >= UNEVEN:
-                    say(balance.line(applied=ready.settings.balance))
+                valid, degrees, balance = into_head(layer, outcome.valid, splits, ready.settings, say)
+                outcome = replace(outcome, valid=valid)
             if splits.test is not None:
                 test = trainer.evaluate(splits.test)
                 curves.log("test", test.metrics, trainer.progress.step)
@@ -242,3 +235,22 @@ def fit(
     for line in result_lines(record, folder):
         say(line)
     return Run(folder, record, pretrained, splits.task, outcome.history, processes.is_main)
+
+
+def into_head(
+    layer: nn.Linear, valid: Evaluation, splits: Splits, settings: Settings, say: Callable[[str], None]
+) -> tuple[Evaluation, float, Balance]:
+    """Fold what the validation rows say into the last linear layer: the temperature, and the classes' shares if asked
+    for. The evaluation as the model is then, the temperature (1: none), and what the shares are worth."""
+    degrees = 1.0
+    if settings.calibrate:
+        degrees = temperature(valid)
+        fold(layer, degrees)
+        valid = cooled(valid, splits.task, degrees)
+    balance = measure(splits.train["target"][:], valid, splits.task)
+    if settings.balance:
+        fold_shares(layer, balance.log_share_C)
+        valid = evened(valid, splits.task, balance.log_share_C)
+    if settings.balance or balance.ratio >= UNEVEN:
+        say(balance.line(applied=settings.balance))
+    return valid, degrees, balance
