@@ -217,6 +217,7 @@ def fit(
         "evaluate": trainer.evaluate_seconds,
         "export": time.monotonic() - exporting,
     }
+    record |= {"settings": trainer.settings.table()}  # as training has changed them
     record |= {"adapter": adapter.to_json()} if adapter is not None else {}
     record |= describe_run(outcome, test, trainer.plan, len(splits.train), seconds, processes.device) | {
         "versions": versions(),

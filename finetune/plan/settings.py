@@ -131,7 +131,8 @@ class Settings:
         balance: Weigh all classes alike, however many rows they have, see `finetune.train.balance`.
         unfreezing: Named plan, see `gradual_unfreezing`.
         lora: Rank of the adapters that train in place of the body's weights, see `finetune.model.lora`; 0: none.
-        augment: "default": random crops and horizontal flips of training images; "none" where left and right matter.
+        augment: "default": random crops and horizontal flips of training images; "none": as they are, which is also
+            chosen where such views mislead the solved head, see `finetune.train.views`.
         precision: "fp32" or "bf16" (autocast).
         solve_head: Start from the optimal linear head on the frozen features, in place of a stage for the head.
         patience: Validations in a row without a gain after which a stage is brought to its end in one epoch; 0: never.

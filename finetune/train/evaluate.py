@@ -70,7 +70,7 @@ def evaluate(
     rows: list[tuple[int, Any, np.ndarray]] = []
     sums: list[tuple[float, int]] = []
     with torch.no_grad():
-        loader = make_loader(dataset, task, pretrained.processor, batches, train=False, **options) if (
+        loader = make_loader(dataset, task, pretrained.processor, batches, **{"train": False} | options) if (
             replayed is None
         ) else replayed.loader(batches)  # fmt: skip
         for number, batch in enumerate(loader):

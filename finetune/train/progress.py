@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.plan.settings import Settings
 from finetune.plan.stages import ResolvedPlan
 from finetune.train.evaluate import Evaluation
 
@@ -33,6 +34,7 @@ class Progress:
         accumulation: Micro-batches a step, where the memory asked for more than the settings have.
         recompute: Whether activations are computed again in the backward pass, because the memory asked for it.
         unreadable: Rows that could not be read in training, and why.
+        misleading_views: Why training pictures are taken as they are, if the toolkit found that, see `views`.
         gradients: Norms of this epoch's gradients so far, see `GroupNorms`.
     """
 
@@ -53,7 +55,12 @@ class Progress:
     accumulation: int = 1
     recompute: bool = False
     unreadable: dict[str, str] = field(default_factory=dict)
+    misleading_views: str = ""
     gradients: dict[str, Any] = field(default_factory=dict)
+
+    def applied_to_settings(self, settings: Settings) -> Settings:
+        """Settings as training has changed them so far."""
+        return settings.changed(self.misleading_views, augment="none") if self.misleading_views else settings
 
     def applied_to(self, plan: ResolvedPlan) -> ResolvedPlan:
         """A plan as training has changed it so far."""

@@ -42,6 +42,7 @@ from finetune.train.solving import solve
 from finetune.train.steplog import StepLog
 from finetune.train.stopping import Interrupted, StopWish, listening
 from finetune.train.trackers import Trackers
+from finetune.train.views import mislead
 
 CHECKPOINT_SHARE = 0.05  # of the time goes into checkpoints at most
 REWINDS, SLOWER = 3, 0.25  # times that training may go back, and the factor on its rates each time
@@ -201,6 +202,18 @@ class Trainer:
             f"Baseline  linear probe on frozen features: {self.figures(valid)} on validation, after "
             f"{clock(self.head_seconds)}"
         )
+        self.look_at_views(valid)
+
+    def look_at_views(self, plain: Evaluation) -> None:
+        """Train on pictures as they are where random views of them mislead the solved head."""
+        augment, by = self.settings.augment, self.settings.reasons["augment"][1]
+        if self.splits.task.modality != "image" or augment == "none" or by == "user":
+            return
+        why = mislead(plain, self.evaluate(views=True), self.splits.task)
+        if why:
+            self.progress.misleading_views = why
+            self.settings = self.progress.applied_to_settings(self.settings)
+            self.say(f"Augment   none: {why}")
 
     def run_stage(self, index: int) -> None:
         stage, first, self.stage = self.plan.stages[index], self.plan.start(index), index
@@ -484,17 +497,18 @@ class Trainer:
         main = headline(valid.metrics, main_metric(self.splits.task)[0])
         return f"loss {valid.loss:.3f}" if main is None else f"{shown(*main)}, loss {valid.loss:.3f}"
 
-    def evaluate(self, dataset: Dataset | None = None) -> Evaluation:
-        """Evaluate a data set, by default the validation part, with the weights as they are."""
+    def evaluate(self, dataset: Dataset | None = None, *, views: bool = False) -> Evaluation:
+        """Evaluate a data set, by default the validation part, with the weights as they are; of images, a random view
+        of each if asked for."""
         begin = time.monotonic()
-        options = {"loss": self.loss, "batch_size": 4 * self.settings.batch_size, "own_metrics": self.own_metrics}
-        options["cache"] = self.cache
+        options: dict[str, Any] = {"loss": self.loss, "batch_size": 4 * self.settings.batch_size}
+        options["own_metrics"] = self.own_metrics
+        options |= {"train": True, "seed": self.seed} if views else {"cache": self.cache}
         lengths = self.lengths["valid"] if dataset is None else self.lengths_of(dataset)
         data = self.splits.valid if dataset is None else dataset
         replayed = self.replay.valid if self.replay is not None and dataset is None else None
         result = evaluate(
-            self.pretrained, data, self.splits.task, self.processes, lengths=lengths, replayed=replayed,
-            **cast(Any, options),
+            self.pretrained, data, self.splits.task, self.processes, lengths=lengths, replayed=replayed, **options,
         )  # fmt: skip
         self.evaluate_seconds += time.monotonic() - begin
         return result

@@ -84,6 +84,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # one automatic choice off, everything
     "batch of 32": {"batch_size": 32},
     "no patience": {"patience": 0},
     "no augmentation": {"augment": "none"},
+    "views in any case": {"augment": "default"},
     "batch statistics": {"freeze_batchnorm": False},
     "stem open": {"unfreezing": "head_then_all"},
     "adapters": {"lora": 8},
@@ -92,7 +93,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # one automatic choice off, everything
     "one view": {"replay_views": 1},
 }
 OF_IMAGES, OF_TEXTS, OF_LARGE = (
-    ("bit", "no augmentation", "batch statistics", "one view"),
+    ("bit", "no augmentation", "views in any case", "batch statistics", "one view"),
     ("stem open",),
     ("no patience", "no average"),
 )
@@ -278,12 +279,15 @@ def table_of(entries: list[Entry], size: str, half: Mapping[str, Any]) -> dict[s
 def report(entries: list[Entry]) -> None:
     """Markdown."""
     for title, half in (("Development", DEVELOP), ("Held out", HELD_OUT)):
-        for size in ROWS:
-            rows = table_of(entries, size, half)
-            if rows:
-                print(f"\n### {title}, {size}: {len(rows)} tasks\n")
-                arm_table(rows)
-                task_table(rows)
+        by_size = {size: rows for size in ROWS if (rows := table_of(entries, size, half))}
+        for size, rows in by_size.items():
+            print(f"\n### {title}, {size}: {len(rows)} tasks\n")
+            arm_table(rows)
+            task_table(rows)
+        if len(by_size) > 1:
+            rows = {unit: row for rows in by_size.values() for unit, row in rows.items()}
+            print(f"\n### {title}, both sizes: {len(rows)} tasks\n")
+            arm_table(rows)
     failed = [f"{entry['task']} {entry['arm']} {entry['dials']}: {entry['error']}" for entry in entries
               if "error" in entry]  # fmt: skip
     print(f"\n{len(entries)} runs, {len(failed)} ended with an error.", *failed, sep="\n")
