@@ -42,7 +42,7 @@ from finetune.train.solving import solve
 from finetune.train.steplog import StepLog
 from finetune.train.stopping import Interrupted, StopWish, listening
 from finetune.train.trackers import Trackers
-from finetune.train.views import mislead
+from finetune.train.views import mislead, views_a_row
 
 CHECKPOINT_SHARE = 0.05  # of the time goes into checkpoints at most
 REWINDS, SLOWER = 3, 0.25  # times that training may go back, and the factor on its rates each time
@@ -209,7 +209,8 @@ class Trainer:
         augment, by = self.settings.augment, self.settings.reasons["augment"][1]
         if self.splits.task.modality != "image" or augment == "none" or by == "user":
             return
-        why = mislead(plain, self.evaluate(views=True), self.splits.task)
+        views = [self.evaluate(view=number) for number in range(views_a_row(len(self.splits.valid)))]
+        why = mislead(plain, views, self.splits.task)
         if why:
             self.progress.misleading_views = why
             self.settings = self.progress.applied_to_settings(self.settings)
@@ -497,13 +498,14 @@ class Trainer:
         main = headline(valid.metrics, main_metric(self.splits.task)[0])
         return f"loss {valid.loss:.3f}" if main is None else f"{shown(*main)}, loss {valid.loss:.3f}"
 
-    def evaluate(self, dataset: Dataset | None = None, *, views: bool = False) -> Evaluation:
+    def evaluate(self, dataset: Dataset | None = None, *, view: int | None = None) -> Evaluation:
         """Evaluate a data set, by default the validation part, with the weights as they are; of images, a random view
-        of each if asked for."""
+        of each, by its number, if asked for."""
         begin = time.monotonic()
         options: dict[str, Any] = {"loss": self.loss, "batch_size": 4 * self.settings.batch_size}
         options["own_metrics"] = self.own_metrics
-        options |= {"train": True, "seed": self.seed} if views else {"cache": self.cache}
+        random = {"train": True, "seed": self.seed, "epoch": view}
+        options |= {"cache": self.cache} if view is None else random
         lengths = self.lengths["valid"] if dataset is None else self.lengths_of(dataset)
         data = self.splits.valid if dataset is None else dataset
         replayed = self.replay.valid if self.replay is not None and dataset is None else None

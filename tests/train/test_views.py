@@ -14,7 +14,7 @@ from finetune.data.task import Task
 from finetune.plan.stages import Plan, Stage
 from finetune.train.evaluate import Evaluation
 from finetune.train.trainer import Trainer
-from finetune.train.views import mislead
+from finetune.train.views import mislead, views_a_row
 from tests.train.runs import differences, make, state, steps
 
 PLAN = Plan(Stage(0, epochs=2))
@@ -48,27 +48,26 @@ def evaluation(right: list[int], targets: list[int]) -> Evaluation:
 
 def test_what_is_lost_is_told_from_noise_and_from_what_there_was_to_lose() -> None:
     task = Task("single_label_classification", "image", ("a", "b"))
-    even, all_right = [0, 1] * 10, [1] * 20
-    plain = evaluation(all_right, even)
+    even = [0, 1] * 10
+    plain = evaluation([1] * 20, even)
     half = evaluation([1, 1, 0, 0] * 5, even)
-    why = mislead(plain, half, task)
-    assert "gets 50 % of the validation rows right, as they are 100 %" in why
-    assert mislead(plain, evaluation([1, 1, 1, 0] * 5, even), task) == "", "half of the lead is kept"
-    assert mislead(plain, plain, task) == ""
-    few = [0, 1, 0, 1]
-    assert mislead(evaluation([1] * 4, few), evaluation([1, 1, 0, 1], few), task) == "", "one row is no proof"
-    assert mislead(half, evaluation([0] * 20, even), task) == "", "there was nothing to lose"
-    uneven = [0] * 15 + [1] * 5
-    lost = evaluation([1] * 17 + [0] * 3, uneven)
-    assert mislead(evaluation(all_right, uneven), lost, task) == "", "three rows of twenty are no proof"
-    assert mislead(plain, evaluation([1, 0], [0, 1]), task) == "", "not the same rows"
-    other = Task("multi_label_classification", "image", ("a", "b"))
-    assert mislead(plain, half, other) == ""
+    assert "gets 50 % of the validation rows right, as they are 100 %" in mislead(plain, [half], task)
+    assert mislead(plain, [evaluation([1, 1, 1, 0] * 5, even)], task) == "", "half of the lead is kept"
+    assert mislead(plain, [plain], task) == ""
+    assert mislead(half, [evaluation([0] * 20, even)], task) == "", "there was nothing to lose"
+    assert mislead(plain, [evaluation([1, 0], [0, 1])], task) == "", "not the same rows"
+    assert mislead(plain, [half], Task("multi_label_classification", "image", ("a", "b"))) == ""
+    few = [0, 1] * 3
+    three, others = evaluation([1, 0] * 3, few), evaluation([0, 1] * 3, few)
+    assert mislead(evaluation([1] * 6, few), [three], task) == "", "three rows of six are no proof"
+    assert mislead(evaluation([1] * 6, few), [three, others], task), "each of them lost half of its views is"
 
 
-def test_pictures_whose_mirror_image_is_of_another_class_are_taken_as_they_are(
-    tmp_path: Path, resnet: Path
-) -> None:
+def test_the_fewer_rows_the_more_views() -> None:
+    assert [views_a_row(rows) for rows in (0, 1, 10, 11, 30, 99, 100, 5000)] == [10, 10, 10, 10, 4, 2, 1, 1]
+
+
+def test_pictures_whose_mirror_image_is_of_another_class_are_taken_as_they_are(tmp_path: Path, resnet: Path) -> None:
     options: dict[str, Any] = {"epochs": 1, "settings": {"precision": "fp32"}}
     run = finetune.fit(ramps(tmp_path / "data", mirrored=True), resnet, out=tmp_path / "run", **options)
     chosen = run.record["settings"]["augment"]
