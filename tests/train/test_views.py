@@ -52,11 +52,15 @@ def test_what_is_lost_is_told_from_noise_and_from_what_there_was_to_lose() -> No
     plain = evaluation([1] * 20, even)
     half = evaluation([1, 1, 0, 0] * 5, even)
     assert "gets 50 % of the validation rows right, as they are 100 %" in mislead(plain, [half], task)
-    assert mislead(plain, [evaluation([1, 1, 1, 0] * 5, even)], task) == "", "half of the lead is kept"
+    many = 6 * [0, 1] * 5
+    five, four = evaluation([1, 1, 1, 1, 1, 0] * 10, many), evaluation([1, 1, 1, 0, 1, 0] * 10, many)
+    assert mislead(evaluation([1] * 60, many), [five], task) == "", "two thirds of the lead are kept"
+    assert mislead(evaluation([1] * 60, many), [four], task)
     assert mislead(plain, [plain], task) == ""
     assert mislead(half, [evaluation([0] * 20, even)], task) == "", "there was nothing to lose"
     assert mislead(plain, [evaluation([1, 0], [0, 1])], task) == "", "not the same rows"
     assert mislead(plain, [half], Task("multi_label_classification", "image", ("a", "b"))) == ""
+    assert mislead(evaluation([1] * 4, [0, 1] * 2), [evaluation([0] * 4, [0, 1] * 2)], task) == "", "four rows"
     few = [0, 1] * 3
     three, others = evaluation([1, 0] * 3, few), evaluation([0, 1] * 3, few)
     assert mislead(evaluation([1] * 6, few), [three], task) == "", "three rows of six are no proof"
