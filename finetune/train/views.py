@@ -50,6 +50,6 @@ def mislead(plain: Evaluation, views: Sequence[Evaluation], task: Task) -> str:
     if before <= commonest or after - commonest >= KEPT * (before - commonest) or lost.mean() <= ERRORS * error:
         return ""
     return (
-        f"random crops and mirror images mislead: of them the solved head gets {100 * after:.0f} % of the validation "
-        f"rows right, as they are {100 * before:.0f} %"
+        f"random crops and mirror images mislead: the solved head gets {100 * after:.0f} % of them right, "
+        f"{100 * before:.0f} % as they are"
     )

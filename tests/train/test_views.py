@@ -51,7 +51,7 @@ def test_what_is_lost_is_told_from_noise_and_from_what_there_was_to_lose() -> No
     even = [0, 1] * 10
     plain = evaluation([1] * 20, even)
     half = evaluation([1, 1, 0, 0] * 5, even)
-    assert "gets 50 % of the validation rows right, as they are 100 %" in mislead(plain, [half], task)
+    assert "the solved head gets 50 % of them right, 100 % as they are" in mislead(plain, [half], task)
     many = 6 * [0, 1] * 5
     five, four = evaluation([1, 1, 1, 1, 1, 0] * 10, many), evaluation([1, 1, 1, 0, 1, 0] * 10, many)
     assert mislead(evaluation([1] * 60, many), [five], task) == "", "two thirds of the lead are kept"
