@@ -202,6 +202,7 @@ def arms(task: Task, of: Iterable[str], ours: list[Entry]) -> list[Cell]:
     skipped += ("3 epochs", "hf, 3 epochs") if chosen["epochs"] == 3 else ()
     skipped += ("no calibration", "classes alike") if task.set == "sts" else ()
     skipped += ("adapters",) if image else ()
+    skipped += () if chosen.get("solve_head", True) else ("classes alike",)  # a decoder's head has no bias
     dials = dict.fromkeys((*RIVALS[1:], "no solved head", "one cycle"), same)
     dials["no one-cycle"] = dials["no momentum cycle"] = same | {"cycles": chosen["cycles"]}
     dials["peak rate of 3e-4"] = {"lr": 3e-4, "span": chosen["span"]}
