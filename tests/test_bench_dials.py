@@ -129,3 +129,11 @@ def test_the_report_compares_ours_with_what_is_chosen_elsewhere(capsys: pytest.C
     said = capsys.readouterr().out
     assert "### Development, small: 4 tasks" in said and "Held out" not in said
     assert "| ours | 4 | +10.00 | +10.0 | 0.00 | +0.67 | +0.00 | 1.000 | 0 | 4 | 1.00 |" in said
+
+
+def test_a_choice_that_is_off_is_set_against_ours_where_both_are(capsys: pytest.CaptureFixture[str]) -> None:
+    other = "dogs_cats/torch/small"
+    runs = [entry("ours", 0.5), entry("ours", 0.8, task=other, loss=0.5), entry("no fallback", 0.4)]
+    runs += [entry("no fallback", 0.85, task=other, loss=0.7), entry("no fallback", 0.1, task="cr/minilm/small")]
+    dials.ablation_table(runs)
+    assert "| no fallback | 2 | -2.50 | -10.0 | +5.0 | +0.100 | 1.00 |" in capsys.readouterr().out

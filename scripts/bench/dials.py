@@ -289,9 +289,28 @@ def report(entries: list[Entry]) -> None:
             rows = {unit: row for rows in by_size.values() for unit, row in rows.items()}
             print(f"\n### {title}, both sizes: {len(rows)} tasks\n")
             arm_table(rows)
+    ablation_table(entries)
     failed = [f"{entry['task']} {entry['arm']} {entry['dials']}: {entry['error']}" for entry in entries
               if "error" in entry]  # fmt: skip
     print(f"\n{len(entries)} runs, {len(failed)} ended with an error.", *failed, sep="\n")
+
+
+def ablation_table(entries: list[Entry]) -> None:
+    """One automatic choice off, against ours, over the tasks of both halves that have it."""
+    ours = {(entry["task"], entry["seed"]): entry for entry in entries if entry["arm"] == "ours" and usable(entry)}
+    print("\n### One choice off, minus ours, both halves\n")
+    print("| off | tasks | points | worst | best | log-loss | CPU, of ours |\n" + "|---" * 7 + "|")
+    for arm in ABLATIONS:
+        pairs = [(entry, before) for entry in entries if entry["arm"] == arm and usable(entry)
+                 and (before := ours.get((entry["task"], entry["seed"])))]  # fmt: skip
+        if not pairs:
+            continue
+        points = [100 * (entry["test"]["score"] - before["test"]["score"]) for entry, before in pairs]
+        losses = [entry["test"]["log_loss"] - before["test"]["log_loss"] for entry, before in pairs
+                  if "log_loss" in entry["test"]]  # fmt: skip
+        cost = statistics.median(entry["cpu_seconds"] / before["cpu_seconds"] for entry, before in pairs)
+        print(f"| {arm} | {len(pairs)} | {statistics.mean(points):+.2f} | {min(points):+.1f} | {max(points):+.1f} | "
+              f"{statistics.mean(losses or [math.nan]):+.3f} | {cost:.2f} |")  # fmt: skip
 
 
 def arm_table(rows: Mapping[str, Mapping[str, Entry]]) -> None:

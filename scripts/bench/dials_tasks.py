@@ -224,7 +224,8 @@ class Worker:
 
         try:
             with ExitStack() as stack, redirect_stdout(StringIO()):
-                stack.enter_context(patch.object(finetune.fitting, "save_pretrained"))
+                for saving in ("save_pretrained", "save_adapter", "write_card"):
+                    stack.enter_context(patch.object(finetune.fitting, saving))
                 for name, method in own.items():
                     stack.enter_context(patch.object(Trainer, name, method))
                 if arm in ("grid", "no fallback"):
