@@ -42,7 +42,7 @@ from finetune.train.solving import solve
 from finetune.train.steplog import StepLog
 from finetune.train.stopping import Interrupted, StopWish, listening
 from finetune.train.trackers import Trackers
-from finetune.train.views import mislead, views_a_row
+from finetune.train.views import mislead
 
 CHECKPOINT_SHARE = 0.05  # of the time goes into checkpoints at most
 REWINDS, SLOWER = 3, 0.25  # times that training may go back, and the factor on its rates each time
@@ -209,8 +209,7 @@ class Trainer:
         augment, by = self.settings.augment, self.settings.reasons["augment"][1]
         if self.splits.task.modality != "image" or augment == "none" or by == "user":
             return
-        views = [self.evaluate(view=number) for number in range(views_a_row(len(self.splits.valid)))]
-        why = mislead(plain, views, self.splits.task)
+        why = mislead(plain, lambda number: self.evaluate(view=number), self.splits.task)
         if why:
             self.progress.misleading_views = why
             self.settings = self.progress.applied_to_settings(self.settings)

@@ -6,7 +6,7 @@ letter or an arrow it may show another, or none.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,19 +28,20 @@ def views_a_row(rows: int) -> int:
     return min(MOST, math.ceil(VIEWS / max(1, rows)))
 
 
-def mislead(plain: Evaluation, views: Sequence[Evaluation], task: Task) -> str:
+def mislead(plain: Evaluation, view: Callable[[int], Evaluation], task: Task) -> str:
     """Why the rows' pictures should be taken as they are: their views keep less than `KEPT` of the head's lead over one
     answer for all of them, and that is no chance; else "".
 
     Args:
         plain: The validation rows as they are.
-        views: Random views of the same rows, one of each an evaluation.
+        view: Evaluates a random view of each of the same rows, by its number; asked only where it can tell something.
         task: Only single labels are looked at.
     """
-    if task.kind != "single_label_classification" or plain.scores is None:
+    if task.kind != "single_label_classification" or plain.scores is None or len(plain.scores) < FEWEST:
         return ""
-    seen = [view.scores for view in views if view.scores is not None and len(view.scores) == len(plain.scores)]
-    if not seen or len(plain.scores) < FEWEST:  # in each, some have become unreadable; or there is nothing to tell from
+    found = [view(number).scores for number in range(views_a_row(len(plain.scores)))]
+    seen = [scores for scores in found if scores is not None and len(scores) == len(plain.scores)]
+    if not seen:  # in each, some have become unreadable
         return ""
     scores = np.mean(seen, axis=0)
     before, after = float(plain.scores.mean()), float(scores.mean())

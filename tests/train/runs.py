@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from finetune.data.splits import Splits
@@ -59,6 +60,21 @@ def make(
         save_steps=save_steps,
         say=[].append if said is None else said.append,
     )
+
+
+def run_killed(trainer: Trainer, *, after: int) -> None:
+    """Run until so many steps are done and the next one begins, and leave it as a kill would."""
+    original, left = trainer.step, [after]
+
+    def step(*args: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        original(*args)
+
+    trainer.step = step  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:

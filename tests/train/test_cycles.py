@@ -13,7 +13,7 @@ from finetune.plan.onecycle import Flat
 from finetune.plan.stages import Plan, Stage, gradual_unfreezing
 from finetune.train.evaluate import Evaluation
 from finetune.train.trainer import Trainer
-from tests.train.runs import differences, make, state, steps
+from tests.train.runs import differences, make, run_killed, state, steps
 
 PLAN = Plan(
     Stage(-1, epochs=1, shape=Flat()), Stage(0, epochs=1, anew=True, name="cycle 1"),
@@ -75,18 +75,7 @@ def test_resumed_is_uninterrupted(
 
     whole = made(tmp_path / "whole")
     expected = whole.run()
-    stopped = made(tmp_path / "parts", 1)
-    original, left = stopped.step, [stop - 5 * (not before)]
-
-    def step(*args: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        original(*args)
-
-    stopped.step = step  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run()
+    run_killed(made(tmp_path / "parts", 1), after=stop - 5 * (not before))
     resumed = made(tmp_path / "parts")
     outcome = resumed.run()
     assert (outcome.history, outcome.kept) == (expected.history, expected.kept)

@@ -19,7 +19,7 @@ from finetune.plan.onecycle import Flat, OneCycle
 from finetune.plan.stages import Plan, Stage
 from finetune.train.progress import Outcome
 from finetune.train.trainer import Trainer, steps_per_epoch
-from tests.train.runs import STAGES, differences, make, state, steps
+from tests.train.runs import STAGES, differences, make, run_killed, state, steps
 
 
 class Watch:
@@ -348,17 +348,7 @@ def test_a_run_that_went_back_and_was_killed(review_splits: Splits, bert: Path, 
     expected = whole.run()
     for stop in (8, 14):  # before it has gone back, and between
         trainer, _ = rising(review_splits, 2, tmp_path / f"cut{stop}", bert, save_steps=3)
-        original, calls = trainer.step, []
-
-        def step(*args: Any, original: Any = original, calls: list[int] = calls, stop: int = stop) -> None:
-            calls.append(0)
-            if len(calls) > stop:
-                raise KeyboardInterrupt
-            original(*args)
-
-        trainer.step = step  # type: ignore[method-assign]
-        with pytest.raises(KeyboardInterrupt):
-            trainer.run()
+        run_killed(trainer, after=stop)
         resumed, _ = rising(review_splits, 2, tmp_path / f"cut{stop}", bert)
         found = resumed.run()
         assert found.progress.rewinds == expected.progress.rewinds and len(expected.progress.rewinds) == 2

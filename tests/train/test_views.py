@@ -1,5 +1,6 @@
 """Random views of pictures that mislead the solved head: training goes without them, also after a kill."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from finetune.plan.stages import Plan, Stage
 from finetune.train.evaluate import Evaluation
 from finetune.train.trainer import Trainer
 from finetune.train.views import mislead, views_a_row
-from tests.train.runs import differences, make, state, steps
+from tests.train.runs import differences, make, run_killed, state, steps
 
 PLAN = Plan(Stage(0, epochs=2))
 
@@ -46,25 +47,39 @@ def evaluation(right: list[int], targets: list[int]) -> Evaluation:
     return Evaluation(outputs, np.array(targets), 0.0, {}, np.array(right, dtype=float))
 
 
+def views(*given: Evaluation) -> Callable[[int], Evaluation]:
+    """Those, over and over."""
+    return lambda number: given[number % len(given)]
+
+
 def test_what_is_lost_is_told_from_noise_and_from_what_there_was_to_lose() -> None:
     task = Task("single_label_classification", "image", ("a", "b"))
     even = [0, 1] * 10
     plain = evaluation([1] * 20, even)
     half = evaluation([1, 1, 0, 0] * 5, even)
-    assert "the solved head gets 50 % of them right, 100 % as they are" in mislead(plain, [half], task)
+    assert "the solved head gets 50 % of them right, 100 % as they are" in mislead(plain, views(half), task)
     many = 6 * [0, 1] * 5
     five, four = evaluation([1, 1, 1, 1, 1, 0] * 10, many), evaluation([1, 1, 1, 0, 1, 0] * 10, many)
-    assert mislead(evaluation([1] * 60, many), [five], task) == "", "two thirds of the lead are kept"
-    assert mislead(evaluation([1] * 60, many), [four], task)
-    assert mislead(plain, [plain], task) == ""
-    assert mislead(half, [evaluation([0] * 20, even)], task) == "", "there was nothing to lose"
-    assert mislead(plain, [evaluation([1, 0], [0, 1])], task) == "", "not the same rows"
-    assert mislead(plain, [half], Task("multi_label_classification", "image", ("a", "b"))) == ""
-    assert mislead(evaluation([1] * 4, [0, 1] * 2), [evaluation([0] * 4, [0, 1] * 2)], task) == "", "four rows"
+    assert mislead(evaluation([1] * 60, many), views(five), task) == "", "two thirds of the lead are kept"
+    assert mislead(evaluation([1] * 60, many), views(four), task)
+    assert mislead(plain, views(plain), task) == ""
+    assert mislead(half, views(evaluation([0] * 20, even)), task) == "", "there was nothing to lose"
+    assert mislead(plain, views(evaluation([1, 0], [0, 1])), task) == "", "not the same rows"
+    assert mislead(plain, views(half), Task("multi_label_classification", "image", ("a", "b"))) == ""
+    assert mislead(evaluation([1] * 4, [0, 1] * 2), views(evaluation([0] * 4, [0, 1] * 2)), task) == "", "four rows"
     few = [0, 1] * 3
     three, others = evaluation([1, 0] * 3, few), evaluation([0, 1] * 3, few)
-    assert mislead(evaluation([1] * 6, few), [three], task) == "", "three rows of six are no proof"
-    assert mislead(evaluation([1] * 6, few), [three, others], task), "each of them lost half of its views is"
+    assert mislead(evaluation([1] * 6, few), views(three), task) == "", "three rows of six are no proof"
+    assert mislead(evaluation([1] * 6, few), views(three, others), task), "each of them lost half of its views is"
+
+
+def test_where_nothing_can_be_told_no_view_is_looked_at() -> None:
+    def view(number: int) -> Evaluation:
+        raise AssertionError
+
+    single, several = (Task(f"{kind}_label_classification", "image", ("a", "b")) for kind in ("single", "multi"))
+    assert mislead(evaluation([1] * 20, [0, 1] * 10), view, several) == ""
+    assert mislead(evaluation([1] * 4, [0, 1] * 2), view, single) == ""
 
 
 def test_the_fewer_rows_the_more_views() -> None:
@@ -94,18 +109,7 @@ def test_resumed_is_uninterrupted(teeth: Splits, resnet: Path, tmp_path: Path, s
     whole = made(tmp_path / "whole")
     expected = whole.run()
     assert whole.settings.augment == "none"
-    stopped = made(tmp_path / "parts", 1)
-    original, left = stopped.step, [stop]
-
-    def step(*args: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        original(*args)
-
-    stopped.step = step  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run()
+    run_killed(made(tmp_path / "parts", 1), after=stop)
     resumed = made(tmp_path / "parts")
     outcome = resumed.run()
     assert resumed.settings.augment == "none"
