@@ -23,7 +23,7 @@ from finetune.model.outputs import scaled_loss, target_scale
 from finetune.model.pretrained import Pretrained
 from finetune.plan.probes import epochs_in, seconds_per_step
 from finetune.plan.rates import geometric_rates
-from finetune.plan.settings import OPTIONS, Settings, choose_settings, for_network, from_solved_head
+from finetune.plan.settings import OPTIONS, Settings, choose_settings, for_network, from_solved_head, open_ended
 from finetune.plan.stages import Plan, ResolvedPlan
 from finetune.train.evaluate import Loss
 from finetune.train.processes import Processes, native_precision
@@ -131,6 +131,11 @@ def prepare(
     chosen = for_network(
         chosen, splits.task.modality, len(splits.train), width=_head_width(pretrained, groups), groups=len(groups)
     )
+    if plan is None and minutes is None:
+        chosen = open_ended(chosen, len(splits.train))
+    elif chosen.doublings and (minutes is not None or any(stage.anew for stage in plan or ())):
+        why = "minutes sets the length" if minutes is not None else "the plan has stages that begin anew"
+        raise PlanError(f"doublings={chosen.doublings}: {why}; leave it out")
     groups, adapter = stack.enter_context(adapters(pretrained, groups, chosen.lora, sample, seed=seed))
     if adapter is not None:
         say(f"Adapters  {adapter}")
@@ -159,9 +164,10 @@ def prepare(
 
 def chosen_lines(settings: Settings, rates: Sequence[float], processes: Processes) -> list[str]:
     """The dials that matter most, each with its reason, and the option that sets it otherwise."""
+    most = settings.epochs * 2**settings.doublings
     said = {
         "lr": f"peak rate {settings.lr:.2g} head -> {rates[0]:.2g} stem",
-        "epochs": f"{settings.epochs:g} epochs",
+        "epochs": f"{settings.epochs:g} epochs" + (f", up to {most:g} while they help" if settings.doublings else ""),
         "batch_size": f"batch of {settings.batch_size}",
         "precision": f"{settings.precision} on {processes.device.type}",
     }

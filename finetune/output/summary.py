@@ -47,6 +47,7 @@ def _gain(record: dict[str, Any], metric: str) -> str:
 KEPT = {
     "last": "those at the end of the schedule",
     "average": "the average over the end of the schedule, which validation preferred",
+    "last two": "the average of the ends of the last two cycles, which validation preferred",
     "half-way": "the middle between the trained ones and the solved head, whose validation loss was lower",
     "solved head": "those that came, with the solved head: training made it no better on validation",
 }

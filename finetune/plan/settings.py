@@ -104,6 +104,9 @@ LORA_RATE = 10.0
 # log-loss at the best temperature (one seed): trec6 2 x 12 epochs 79.5, .76, 1 x 24 78.5, .91; 2 x 8 78.5, .64; cr
 # 2 x 8 83.2, .45, 1 x 24 82.5, .60; cifar10_small 2 x 6 64.0, 1.07, 1 x 12 61.5, 1.16.
 CYCLES = 2
+# A run of 1,000 rows may go on, while that helps, up to the fewest steps that BiT's rule gives any set (Kolesnikov et
+# al. 2020); the figures are in `train.lengthening`.
+LONGEST_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class Settings:
         epochs: Passes over the training rows, all stages together.
         head_epochs: Of these, passes with the head alone.
         cycles: Trainings from the same start that share the other epochs; the average of their ends is kept.
+        doublings: Times that training may go on for as long as all of it so far, while validation gains by that.
         clip: Largest gradient norm; 0 switches clipping off.
         freeze_batchnorm: Keep the statistics of pretrained BatchNorm layers.
         pct_start: Share of a stage spent climbing.
@@ -154,6 +158,7 @@ class Settings:
     epochs: float
     head_epochs: float
     cycles: int
+    doublings: int
     clip: float
     freeze_batchnorm: bool
     pct_start: float
@@ -182,6 +187,10 @@ class Settings:
         for name in ("weight_decay", "clip", "head_epochs", "patience"):
             if getattr(self, name) < 0:
                 raise PlanError(f"{name}={getattr(self, name)}: must not be below 0")
+        if self.doublings < 0 or self.doublings != int(self.doublings):
+            raise PlanError(f"doublings={self.doublings}: must be a whole number, or 0 for none")
+        if self.doublings and self.cycles > 1:
+            raise PlanError(f"doublings={self.doublings}: of a single training; give cycles=1 too, or leave it out")
         if not isinstance(self.lora, int) or self.lora < 0:
             raise PlanError(f"lora={self.lora}: must be the rank of the adapters, a whole number, or 0 for none")
         if self.lora and not self.freeze_batchnorm:
@@ -281,6 +290,7 @@ def choose_settings(
             "rule",
         ),
         "cycles": (1, "one training", "rule"),
+        "doublings": (0, "training has the length that was planned", "rule"),
         "lora": (0, "all weights train: adapters were level with them, and no faster", "rule"),
         "precision": (*precision, "rule"),
         "calibrate": (
@@ -355,7 +365,7 @@ def from_solved_head(settings: Settings, modality: str, rows: int) -> Settings:
             value, reason = by_modality[modality]
             settings = settings.changed(reason, by="rule", **{name: value})
     if free("epochs"):
-        if free("cycles") and rows < PATIENT_ROWS:
+        if free("cycles") and rows < PATIENT_ROWS and not settings.doublings:
             reason = f"{rows} rows: twice from the solved head; the average of both ends is steadier than either"
             settings = settings.changed(reason, by="rule", cycles=CYCLES)
         by_steps = math.ceil(SOLVED_STEPS[modality] * settings.batch_size / max(1, rows))
@@ -363,6 +373,25 @@ def from_solved_head(settings: Settings, modality: str, rows: int) -> Settings:
         settings = settings.changed(f"{rows} rows, and a head that is solved: 3 a cycle or more",
                                     by="rule", epochs=settings.cycles * epochs)  # fmt: skip
     return settings.changed("none: the head is solved", by="rule", head_epochs=0.0)
+
+
+def open_ended(settings: Settings, rows: int) -> Settings:
+    """The settings for a run whose length is nobody's wish: validation may make it longer.
+
+    Args:
+        settings: After `for_network`.
+        rows: Training examples.
+    """
+    if any(settings.reasons[dial][1] == "user" for dial in ("epochs", "doublings")) or settings.cycles > 1:
+        return settings
+    if rows < PATIENT_ROWS:
+        return settings.changed(
+            f"fewer than {PATIENT_ROWS} rows: the validation part is too small to tell", by="rule", doublings=0
+        )
+    steps = settings.epochs * rows / settings.batch_size
+    doublings = max(0, int(math.log2(LONGEST_STEPS / steps)))
+    reason = f"{steps:.0f} steps; as long again while validation gains by it, up to {LONGEST_STEPS} steps"
+    return settings.changed(reason, by="rule", doublings=doublings)
 
 
 def _batch_size(rows: int) -> int:

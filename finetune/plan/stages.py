@@ -167,6 +167,12 @@ class ResolvedPlan:
         changed = replace(before, steps=begin + steps, shape=shape)
         return replace(self, stages=(*self.stages[:stage], changed, *self.stages[stage + 1 :]))
 
+    def lengthened(self, steps: int) -> "ResolvedPlan":
+        """The plan with its last stage again behind it, in `steps` steps."""
+        last = self.stages[-1]
+        number = 1 + sum(stage.open_from == last.open_from for stage in self.stages)
+        return replace(self, stages=(*self.stages, replace(last, steps=steps, name=f"cycle {number}")))
+
     def slowed(self, stage: int, factor: float) -> "ResolvedPlan":
         """The plan with the peak rates of a stage and of all after it times `factor`."""
         changed = tuple(

@@ -21,6 +21,8 @@ class Progress:
         history: One entry for each validation.
         stage_seconds: Time spent, by stage.
         replayed: For each stage begun, whether its frozen part was computed once, and what that took or why not.
+        added: Steps of each cycle that training went on for.
+        cycle_loss: Calibrated loss of the validation rows at the end of the cycle before.
         shortened: Stages brought to an early end: (stage, step of it, steps left).
         rewinds: Each time that training went back: stage, step, factor on all rates from this stage on, why.
         stale: Validations in a row without a gain in this stage.
@@ -42,6 +44,8 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     stage_seconds: list[float] = field(default_factory=list)
     replayed: list[tuple[bool, str]] = field(default_factory=list)
+    added: list[int] = field(default_factory=list)
+    cycle_loss: float | None = None
     shortened: list[tuple[int, int, int]] = field(default_factory=list)
     rewinds: list[dict[str, Any]] = field(default_factory=list)
     stale: int = 0
@@ -60,10 +64,18 @@ class Progress:
 
     def applied_to_settings(self, settings: Settings) -> Settings:
         """Settings as training has changed them so far."""
-        return settings.changed(self.misleading_views, augment="none") if self.misleading_views else settings
+        if self.misleading_views:
+            settings = settings.changed(self.misleading_views, augment="none")
+        if self.added:
+            times = "once" if len(self.added) == 1 else f"{len(self.added)} times"
+            reason = f"{settings.epochs:g}, and as long again {times}, as far as validation called for it"
+            settings = settings.changed(reason, epochs=settings.epochs * 2.0 ** len(self.added))
+        return settings
 
     def applied_to(self, plan: ResolvedPlan) -> ResolvedPlan:
         """A plan as training has changed it so far."""
+        for steps in self.added:
+            plan = plan.lengthened(steps)
         for cut in self.shortened:
             plan = plan.shortened(*cut)
         for rewind in self.rewinds:
@@ -73,8 +85,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training left: `kept` says which weights the model now holds ("last", "average", or "epoch N"), `status` is
-    "finished" or "diverged", `why` the sentence to show for it; `progress` is where it stood at its end."""
+    """What training left: `kept` says which weights the model now holds ("last", "average", "last two", or "epoch N"),
+    `status` is "finished" or "diverged", `why` the sentence to show for it; `progress` is where it stood at its end."""
 
     progress: Progress
     valid: Evaluation

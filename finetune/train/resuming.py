@@ -85,7 +85,7 @@ def take_up(
     checkpoint.restore_optimizer(trainer.optimizer, optimizer)
     trainer.progress = Progress(**progress)
     trainer.plan = trainer.progress.applied_to(trainer.planned)
-    trainer.settings = trainer.progress.applied_to_settings(trainer.settings)
+    trainer.settings = trainer.progress.applied_to_settings(trainer.chosen)
     if trainer.progress.recompute:
         memory.save_activations(trainer.model)
 

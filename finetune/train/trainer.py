@@ -27,6 +27,7 @@ from finetune.plan.stages import Point, ResolvedPlan
 from finetune.train import checkpoint, memory, resuming
 from finetune.train.evaluate import Evaluation, Loss, Metrics, as_float, evaluate
 from finetune.train.group_norms import GroupNorms
+from finetune.train.lengthening import end_loss, goes_on
 from finetune.train.processes import Processes
 from finetune.train.progress import Diverged, Outcome, Progress
 from finetune.train.replaying import Request, StageReplay, open_stage
@@ -73,8 +74,9 @@ class Trainer:
         bar: Callable[[str, int, int], None] = lambda stage, done, steps: None,
         trackers: Trackers | None = None,
     ) -> None:
-        self.pretrained, self.splits, self.groups, self.settings = pretrained, splits, groups, settings
+        self.pretrained, self.splits, self.groups = pretrained, splits, groups
         self.planned = self.plan = plan  # as asked for, and as training has changed it
+        self.chosen = self.settings = settings  # likewise
         self.folder, self.loss, self.processes, self.seed = folder, loss, processes, seed
         self.own_metrics, self.solvable, self.say, self.bar = own_metrics, solvable, say, bar
         self.trackers = trackers if trackers is not None else Trackers((), folder, say)
@@ -145,7 +147,7 @@ class Trainer:
             self.solve_head(self.solvable)
         if self.norms.start is None:
             self.norms.begin()
-        while self.progress.step < self.plan.steps:
+        while self.progress.step < self.plan.steps or self.goes_on():
             try:
                 self.run_stage(self.plan.at(self.progress.step).stage)
             except Diverged as error:
@@ -154,6 +156,22 @@ class Trainer:
                     return f"{error}, {REWINDS} times at ever lower rates; try lr={lower:.1g}, or look at the targets"
                 self.rewind(str(error))
         return ""
+
+    def goes_on(self) -> bool:
+        """Append a cycle as long as all before it, where the settings leave room and validation gains by it."""
+        progress = self.progress
+        if len(progress.added) >= self.settings.doublings:
+            return False
+        valid = self.last_valid = self.last_valid or self.evaluate()  # none yet: taken up again right here
+        before, now = progress.cycle_loss, end_loss(valid, self.splits.task)
+        if not goes_on(before, now, valid):
+            return False
+        progress.cycle_loss, self.average = now, Average(self.model) if self.settings.ema else None
+        progress.added.append(self.plan.steps)
+        self.plan, self.settings = progress.applied_to(self.planned), progress.applied_to_settings(self.chosen)
+        gain = f"validation loss {now:.3f}" + (f", {before:.3f} a cycle before" if before is not None else "")
+        self.say(f"Longer    {self.plan.steps} steps in all instead of {progress.added[-1]}: {gain}")
+        return True
 
     def rewind(self, why: str) -> None:
         """Begin the stage anew, from the best weights so far, at a lower rate."""
@@ -212,7 +230,7 @@ class Trainer:
         why = mislead(plain, lambda number: self.evaluate(view=number), self.splits.task)
         if why:
             self.progress.misleading_views = why
-            self.settings = self.progress.applied_to_settings(self.settings)
+            self.settings = self.progress.applied_to_settings(self.chosen)
             self.say(f"Augment   none: {why}")
 
     def run_stage(self, index: int) -> None:
@@ -422,13 +440,16 @@ class Trainer:
             raise Interrupted(f"stopped {where}, {safe}", self.stop.signal or signal.SIGTERM)
 
     def update_average(self, stage: int) -> None:
-        """Take the weights into their average: at the end of each cycle, or, where there is but one, now and then over
-        the end of the last stage."""
+        """Take the weights into their average: at the end of each cycle, of those that go on from each other the last
+        two, or, where there is but one, now and then over the end of the last stage."""
         step, steps = self.progress.step - self.plan.start(stage), self.plan.stages[stage].steps
         if self.plan.cycles() > 1:
             if self.plan.stages[stage].anew and step == steps - 1:
                 self.average = self.average if self.average is not None else Average(self.model)
                 self.average.update(self.model, 1.0 / self.plan.cycles(stage))
+        elif self.progress.added:
+            if self.average is not None and step == steps - 1:
+                self.average.update(self.model, 0.5)
         elif self.settings.ema and stage == len(self.plan.stages) - 1 and averages_at(step, steps):
             self.average = self.average if self.average is not None else Average(self.model)
             self.average.update(self.model)
@@ -515,22 +536,28 @@ class Trainer:
         return result
 
     def keep_best(self, *, diverged: bool) -> tuple[Evaluation, str]:
-        """Leave the best weights in the model; their evaluation, and which they are ("last", "average", "epoch N")."""
+        """Leave the best weights in the model; their evaluation, and which they are ("last", "average", "last two",
+        "epoch N")."""
         best = self.progress.best
         if diverged:
             checkpoint.restore(self.model, self.best_weights)
             return self.evaluate(), _kept(best) if best else "start"
         valid, kept = self.last_valid or self.evaluate(), "last"
         if self.average is not None:
-            last, soup = checkpoint.snapshot(self.model), self.plan.cycles() > 1
+            last, task = checkpoint.snapshot(self.model), self.splits.task
             self.model.load_state_dict(self.average.tensors)
             averaged = self.evaluate()
             # The average of several trainings is as a rule better than each of them, that of one is so now and then.
-            worse = clearly_better(candidate(valid, 0), averaged) if soup else standing(averaged) <= standing(valid)
+            if self.plan.cycles() > 1:
+                worse = clearly_better(candidate(valid, 0), averaged)
+            elif self.progress.added:
+                worse = end_loss(averaged, task) >= end_loss(valid, task)
+            else:
+                worse = standing(averaged) <= standing(valid)
             if worse:
                 checkpoint.restore(self.model, last)
             else:
-                valid, kept = averaged, "average"
+                valid, kept = averaged, "last two" if self.progress.added else "average"
         if self.head is not None and head_is_better(self.head, valid, self.splits.task):
             return self.back_to_head()
         if best is not None and clearly_better(best, valid):

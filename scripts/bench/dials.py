@@ -83,6 +83,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # one automatic choice off, everything
     "3 epochs": {"epochs": 3},
     "batch of 32": {"batch_size": 32},
     "no patience": {"patience": 0},
+    "no doublings": {"doublings": 0},
     "no augmentation": {"augment": "none"},
     "views in any case": {"augment": "default"},
     "batch statistics": {"freeze_batchnorm": False},
@@ -95,7 +96,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # one automatic choice off, everything
 OF_IMAGES, OF_TEXTS, OF_LARGE = (
     ("bit", "no augmentation", "views in any case", "batch statistics", "one view"),
     ("stem open",),
-    ("no patience", "no average"),
+    ("no patience", "no average", "no doublings"),
 )
 OF_SMALL = ("one cycle",)
 Entry = dict[str, Any]

@@ -9,15 +9,16 @@ import pytest
 
 from finetune.errors import PlanError
 from finetune.plan.onecycle import OneCycle
-from finetune.plan.settings import DEFAULTS, DIALS, Settings, choose_settings, for_network, from_solved_head
+from finetune.plan.settings import DEFAULTS, DIALS, Settings, choose_settings, for_network, from_solved_head, open_ended
 
 
 def test_the_dials_are_these() -> None:
     """A new dial needs a measurement that calls for it."""
     assert DIALS == (
         "lr", "span", "head_lr", "weight_decay", "betas", "eps", "batch_size", "accumulation", "epochs", "head_epochs",
-        "cycles", "clip", "freeze_batchnorm", "pct_start", "div_factor", "ema", "calibrate", "balance", "augment",
-        "unfreezing", "lora", "precision", "solve_head", "patience", "replay", "replay_views", "replay_memory",
+        "cycles", "doublings", "clip", "freeze_batchnorm", "pct_start", "div_factor", "ema", "calibrate", "balance",
+        "augment", "unfreezing", "lora", "precision", "solve_head", "patience", "replay", "replay_views",
+        "replay_memory",
     )  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def test_small_data_gets_smaller_batches_and_more_epochs() -> None:
 
 GIVEN: dict[str, Any] = {
     "lr": 7e-4, "span": 3.0, "head_lr": 2e-3, "weight_decay": 0.2, "betas": (0.8, 0.95), "eps": 1e-6, "batch_size": 5,
-    "accumulation": 4, "epochs": 1.5, "head_epochs": 0.25, "cycles": 2, "clip": 0.0,
+    "accumulation": 4, "epochs": 1.5, "head_epochs": 0.25, "cycles": 1, "doublings": 1, "clip": 0.0,
     "freeze_batchnorm": False, "pct_start": 0.45, "div_factor": 2.0, "ema": False, "calibrate": False, "balance": True,
     "augment": "none", "unfreezing": "none", "lora": 0,
     "precision": "bf16",
@@ -199,3 +200,21 @@ def test_few_rows_are_trained_on_twice() -> None:
     adapters = choose_settings("text", 200, given={"lora": 8})
     adapters = for_network(from_solved_head(adapters, "text", 200), "text", 200, width=384, groups=8)
     assert (adapters.cycles, adapters.epochs) == (1, 10) and adapters.lr == pytest.approx(10 * 0.3 * 3 / 384 / 8)
+
+
+@pytest.mark.parametrize(("rows", "doublings"), [(200, 0), (699, 0), (700, 2), (1_300, 2), (2_600, 1), (2_700, 0)])
+def test_runs_of_middling_size_may_go_on(rows: int, doublings: int) -> None:
+    """3 epochs of batches of 32, up to 500 steps."""
+
+    def chosen(**given: Any) -> Settings:
+        settings = from_solved_head(choose_settings("image", rows, given=given), "image", rows)
+        return open_ended(settings, rows)
+
+    assert chosen().doublings == doublings
+    assert chosen(epochs=4.0).doublings == 0, "the length is the user's"
+    assert chosen(doublings=1).doublings == 1 and chosen(doublings=1).cycles == 1
+    assert chosen(cycles=2).doublings == 0
+    with pytest.raises(PlanError, match="cycles=1"):
+        chosen(cycles=2, doublings=1)
+    with pytest.raises(PlanError, match="whole number"):
+        chosen(doublings=1.5)
