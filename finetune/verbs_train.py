@@ -187,7 +187,8 @@ def plan(
         )  # fmt: skip
         seconds = stage_seconds(ready, splits)
     named = ", ".join(f"{s.name} {clock(round(t))}" for s, t in zip(ready.plan.stages, seconds, strict=True))
-    print(f"Time      about {clock(round(sum(seconds)))} of steps ({named}), and the validations")
+    more = f"; up to {2**ready.settings.doublings} times that while it helps" if ready.settings.doublings else ""
+    print(f"Time      about {clock(round(sum(seconds)))} of steps ({named}), and the validations{more}")
     if ready.solvable is not None:
         print("Baseline  a linear probe on frozen features comes first, from one pass over the data")
     print("\nAll dials")
