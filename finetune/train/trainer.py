@@ -169,8 +169,10 @@ class Trainer:
         progress.cycle_loss, self.average = now, Average(self.model) if self.settings.ema else None
         progress.added.append(self.plan.steps)
         self.plan, self.settings = progress.applied_to(self.planned), progress.applied_to_settings(self.chosen)
-        gain = f"validation loss {now:.3f}" + (f", {before:.3f} a cycle before" if before is not None else "")
-        self.say(f"Longer    {self.plan.steps} steps in all instead of {progress.added[-1]}: {gain}")
+        gain = "to see whether that helps"
+        if before is not None:
+            gain = f"for the last cycle helped: calibrated loss {now:.3f} on validation, {before:.3f} before it"
+        self.say(f"Longer    {self.plan.steps} steps in all instead of {progress.added[-1]}, {gain}")
         return True
 
     def rewind(self, why: str) -> None:
