@@ -218,3 +218,10 @@ def test_runs_of_middling_size_may_go_on(rows: int, doublings: int) -> None:
         chosen(cycles=2, doublings=1)
     with pytest.raises(PlanError, match="whole number"):
         chosen(doublings=1.5)
+
+
+@pytest.mark.parametrize(("rows", "doublings"), [(200, 0), (699, 0), (700, 1), (3_000, 0)])
+def test_a_head_that_is_not_solved_changes_nothing_of_that(rows: int, doublings: int) -> None:
+    """There is one cycle then, also of few rows."""
+    settings = open_ended(choose_settings("text", rows, given={"solve_head": False}), rows)
+    assert (settings.cycles, settings.doublings) == (1, doublings)
