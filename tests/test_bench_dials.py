@@ -90,7 +90,8 @@ def test_the_fixed_configuration_never_looks_at_the_set_that_it_is_judged_on() -
 
 def test_regret_is_in_points_and_normalised_by_what_the_grid_has_to_give() -> None:
     found = dials.summary([2.0, -1.0, 0.1], [4.0, 2.0, 0.2])
-    assert found == {"mean": pytest.approx(1.1 / 3), "worst": 2.0, "share": 2 / 3, "normalised": 0.0}
+    normalised = {"normalised": 0.0, "of means": pytest.approx(1.1 / 6.2)}
+    assert found == {"mean": pytest.approx(1.1 / 3), "worst": 2.0, "share": 2 / 3} | normalised
     assert math.isnan(dials.summary([2.0], [0.0])["normalised"])
 
 
@@ -128,8 +129,29 @@ def test_the_report_compares_ours_with_what_is_chosen_elsewhere(capsys: pytest.C
     }  # fmt: skip
     dials.report(runs)
     said = capsys.readouterr().out
-    assert "### Development, small: 4 tasks" in said and "Held out" not in said
-    assert "| ours | 4 | +10.00 | +10.0 | 0.00 | +0.67 | +0.00 | 1.000 | 0 | 4 | 1.00 |" in said
+    assert "### Development, small: 4 tasks, 4 with their seeds" in said and "Held out" not in said
+    assert "| ours | 4 | +10.00 | +10.0 | 0.00 | +0.67 | +0.67 | +0.00 | 1.000 | 0 | 4 (4) | 1.00 |" in said
+
+
+def test_the_seeds_of_a_task_are_averaged_before_anything_is_said_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = []
+    for seed, ours, best in ((0, 0.78, 0.8), (1, 0.84, 0.9)):  # probes at 0.8: below by two points, above by four
+        of_seed = [entry("ours", ours), entry("probe", 0.8)]
+        of_seed += [entry("grid", best if cell["epochs"] == 3 else 0.6, **cell) for cell in dials.candidates("small")]
+        runs += [run | {"seed": seed} for run in of_seed]
+    rows = dials.table_of(runs, "small", dials.DEVELOP)
+    assert dials.by_task({unit: dials.points(row, "ours") for unit, row in rows.items()}) == {
+        SMALL.name: pytest.approx(81)
+    }
+    dials.arm_table(rows)
+    said = capsys.readouterr().out
+    assert "| ours | 1 | +4.00 | +4.0 | 0.00 | +0.32 | +0.32 | +0.00 | 1.000 | 0 | 0 (1) |" in said
+    assert "Ours, run by run: normalised regret +0.30" in said  # 2 of 10 and 6 of 15; together 4 of 12.5
+    assert "Ours minus *tuned*: -4.00 points (95 % -4.00 to -4.00, 1 tasks)" in said
+
+
+def test_later_seeds_have_larger_tests() -> None:
+    assert [dials.test_rows(seed) for seed in (0, 1, 2)] == [400, 1000, 1000]
 
 
 def test_a_choice_that_is_off_is_set_against_ours_where_both_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ import pandas
 import timm  # noqa: F401  # before the fork of the workers, as are the others
 import torch
 import transformers  # noqa: F401
-from dials import ABLATIONS, VISION, Task, modality
+from dials import ABLATIONS, VISION, Task, modality, test_rows
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -40,7 +40,7 @@ for package in (finetune.data, finetune.model, finetune.plan, finetune.train):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         import_module(module.name)  # as it is now, whatever is changed in the hours to come
 
-IMAGE_SIZE, TOKENS, TEST_ROWS = 96, 64, 400
+IMAGE_SIZE, TOKENS, TEST_DIGITS = 96, 64, 400
 COSINE = OneCycle(pct_start=1e-6, momentum=None)  # a rise of no step
 BACKBONES = {
     "torch": "weights/mobilenetv2_100_torch",
@@ -153,7 +153,7 @@ def call(arm: str, dials: Mapping[str, Any], kind: str, groups: int) -> tuple[di
 
 def draw(name: str, rows: int, seed: int, data: Path, out: Path) -> None:
     """Write train and test of a set into a folder: two rows a class and the rest at random; test the same for all."""
-    for part, count, drawn in (("train", rows, seed), ("test", TEST_ROWS, 0)):
+    for part, count, drawn in (("train", rows, seed), ("test", test_rows(seed), 0)):
         table = table_of(name, part, data).sample(frac=1.0, random_state=drawn)
         label = table.columns[-1]
         if part == "train" and label == "label":
@@ -177,7 +177,7 @@ def table_of(name: str, part: str, data: Path) -> pandas.DataFrame:
     if name == "digits":
         digits = load_digits()
         order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0)).tolist()
-        chosen = order[TEST_ROWS:] if part == "train" else order[:TEST_ROWS]
+        chosen = order[TEST_DIGITS:] if part == "train" else order[:TEST_DIGITS]
         pictures = [Image.fromarray((digits.images[row] * 15.9).astype("uint8")) for row in chosen]
         return pandas.DataFrame({"image": pictures, "label": digits.target[chosen]})
     if name in VISION:
