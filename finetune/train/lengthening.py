@@ -1,4 +1,4 @@
-"""What validation said at the ends of two cycles goes in; whether training goes on for another comes out.
+"""A trainer at the end of its plan goes in; whether it goes on for another cycle comes out, by what validation said.
 
 How many epochs a task wants cannot be told beforehand: it depends on how far the data are from the pretraining. So a
 run of middling size begins short, and each further cycle is as long as all before it. Cycles are compared at their
@@ -12,10 +12,33 @@ one cycle and the average of the ends of two: trec6 93.8, 93.2 and 93.4, 95.0; c
 """
 
 import math
+from typing import TYPE_CHECKING
 
 from finetune.data.task import Task
 from finetune.train.evaluate import Evaluation
-from finetune.train.selection import calibrated_losses
+from finetune.train.selection import Average, calibrated_losses
+
+if TYPE_CHECKING:
+    from finetune.train.trainer import Trainer
+
+
+def go_on(trainer: "Trainer") -> bool:
+    """Append a cycle as long as all before it, where the settings leave room and validation gains by it."""
+    progress = trainer.progress
+    if len(progress.added) >= trainer.settings.doublings:
+        return False
+    valid = trainer.last_valid = trainer.last_valid or trainer.evaluate()  # none yet: taken up again right here
+    before, now = progress.cycle_loss, end_loss(valid, trainer.splits.task)
+    if not goes_on(before, now, valid):
+        return False
+    progress.cycle_loss, trainer.average = now, Average(trainer.model) if trainer.settings.ema else None
+    progress.added.append(trainer.plan.steps)
+    trainer.plan, trainer.settings = progress.applied_to(trainer.planned), progress.applied_to_settings(trainer.chosen)
+    gain = "to see whether that helps"
+    if before is not None:
+        gain = f"for the last cycle helped: calibrated loss {now:.3f} on validation, {before:.3f} before it"
+    trainer.say(f"Longer    {trainer.plan.steps} steps in all instead of {progress.added[-1]}, {gain}")
+    return True
 
 
 def end_loss(valid: Evaluation, task: Task) -> float:

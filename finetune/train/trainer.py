@@ -27,18 +27,12 @@ from finetune.plan.stages import Point, ResolvedPlan
 from finetune.train import checkpoint, memory, resuming
 from finetune.train.evaluate import Evaluation, Loss, Metrics, as_float, evaluate
 from finetune.train.group_norms import GroupNorms
-from finetune.train.lengthening import end_loss, goes_on
+from finetune.train.keeping import keep_best, kept_name, update_average
+from finetune.train.lengthening import go_on
 from finetune.train.processes import Processes
 from finetune.train.progress import Diverged, Outcome, Progress
 from finetune.train.replaying import Request, StageReplay, open_stage
-from finetune.train.selection import (
-    Average,
-    averages_at,
-    candidate,
-    clearly_better,
-    head_is_better,
-    standing,
-)
+from finetune.train.selection import Average, candidate, standing
 from finetune.train.solving import solve
 from finetune.train.steplog import StepLog
 from finetune.train.stopping import Interrupted, StopWish, listening
@@ -135,7 +129,7 @@ class Trainer:
             try:
                 why = self.train()
                 self.close_replay()
-                valid, kept = self.keep_best(diverged=bool(why))
+                valid, kept = keep_best(self, diverged=bool(why))
             finally:
                 self.close()
         status = "diverged" if why else "finished"
@@ -147,7 +141,7 @@ class Trainer:
             self.solve_head(self.solvable)
         if self.norms.start is None:
             self.norms.begin()
-        while self.progress.step < self.plan.steps or self.goes_on():
+        while self.progress.step < self.plan.steps or go_on(self):
             try:
                 self.run_stage(self.plan.at(self.progress.step).stage)
             except Diverged as error:
@@ -156,24 +150,6 @@ class Trainer:
                     return f"{error}, {REWINDS} times at ever lower rates; try lr={lower:.1g}, or look at the targets"
                 self.rewind(str(error))
         return ""
-
-    def goes_on(self) -> bool:
-        """Append a cycle as long as all before it, where the settings leave room and validation gains by it."""
-        progress = self.progress
-        if len(progress.added) >= self.settings.doublings:
-            return False
-        valid = self.last_valid = self.last_valid or self.evaluate()  # none yet: taken up again right here
-        before, now = progress.cycle_loss, end_loss(valid, self.splits.task)
-        if not goes_on(before, now, valid):
-            return False
-        progress.cycle_loss, self.average = now, Average(self.model) if self.settings.ema else None
-        progress.added.append(self.plan.steps)
-        self.plan, self.settings = progress.applied_to(self.planned), progress.applied_to_settings(self.chosen)
-        gain = "to see whether that helps"
-        if before is not None:
-            gain = f"for the last cycle helped: calibrated loss {now:.3f} on validation, {before:.3f} before it"
-        self.say(f"Longer    {self.plan.steps} steps in all instead of {progress.added[-1]}, {gain}")
-        return True
 
     def rewind(self, why: str) -> None:
         """Begin the stage anew, from the best weights so far, at a lower rate."""
@@ -192,7 +168,7 @@ class Trainer:
         if not anew:  # else it has the ends of the cycles before
             self.average = None
         self.log.back_to(progress.step)
-        best = "its start" if anew else f"the weights of {_kept(progress.best) if progress.best else 'the start'}"
+        best = "its start" if anew else f"the weights of {kept_name(progress.best) if progress.best else 'the start'}"
         self.say(f"Back      {why}: this stage again from {best}, at {SLOWER:g} of the rate")
         self.save_checkpoint()
 
@@ -253,7 +229,7 @@ class Trainer:
             set_mode(self.model, self.groups, stage.open_from, self.settings.freeze_batchnorm)
             for done, micro_batches in enumerate(self.steps_of_epoch(index, epoch, offset, last), offset + 1):
                 self.step(micro_batches, self.plan.at(self.progress.step))
-                self.update_average(index)
+                update_average(self, index)
                 self.progress.step += 1
                 self.bar(stage.name, self.progress.step - first, stage.steps)
                 if self.log.asked and done < last:
@@ -441,21 +417,6 @@ class Trainer:
             safe = "saved: the same command goes on from there" if saved else "it could not be saved, see above"
             raise Interrupted(f"stopped {where}, {safe}", self.stop.signal or signal.SIGTERM)
 
-    def update_average(self, stage: int) -> None:
-        """Take the weights into their average: at the end of each cycle, of those that go on from each other the last
-        two, or, where there is but one, now and then over the end of the last stage."""
-        step, steps = self.progress.step - self.plan.start(stage), self.plan.stages[stage].steps
-        if self.plan.cycles() > 1:
-            if self.plan.stages[stage].anew and step == steps - 1:
-                self.average = self.average if self.average is not None else Average(self.model)
-                self.average.update(self.model, 1.0 / self.plan.cycles(stage))
-        elif self.progress.added:
-            if self.average is not None and step == steps - 1:
-                self.average.update(self.model, 0.5)
-        elif self.settings.ema and stage == len(self.plan.stages) - 1 and averages_at(step, steps):
-            self.average = self.average if self.average is not None else Average(self.model)
-            self.average.update(self.model)
-
     def note_unreadable(self, micro_batches: list[Batch]) -> None:
         """Count the rows that could be read when the run began, and now cannot.
 
@@ -537,50 +498,6 @@ class Trainer:
         self.evaluate_seconds += time.monotonic() - begin
         return result
 
-    def keep_best(self, *, diverged: bool) -> tuple[Evaluation, str]:
-        """Leave the best weights in the model; their evaluation, and which they are ("last", "average", "last two",
-        "epoch N")."""
-        best = self.progress.best
-        if diverged:
-            checkpoint.restore(self.model, self.best_weights)
-            return self.evaluate(), _kept(best) if best else "start"
-        valid, kept = self.last_valid or self.evaluate(), "last"
-        if self.average is not None:
-            last, task = checkpoint.snapshot(self.model), self.splits.task
-            self.model.load_state_dict(self.average.tensors)
-            averaged = self.evaluate()
-            # The average of several trainings is as a rule better than each of them, that of one is so now and then.
-            if self.plan.cycles() > 1:
-                worse = clearly_better(candidate(valid, 0), averaged)
-            elif self.progress.added:
-                worse = end_loss(averaged, task) >= end_loss(valid, task)
-            else:
-                worse = standing(averaged) <= standing(valid)
-            if worse:
-                checkpoint.restore(self.model, last)
-            else:
-                valid, kept = averaged, "last two" if self.progress.added else "average"
-        if self.head is not None and head_is_better(self.head, valid, self.splits.task):
-            return self.back_to_head()
-        if best is not None and clearly_better(best, valid):
-            checkpoint.restore(self.model, self.best_weights)
-            valid, kept = self.evaluate(), _kept(best)
-        return valid, kept
-
-    def back_to_head(self) -> tuple[Evaluation, str]:
-        """Go half of the way from the weights of now to those of the solved head, or, where that is clearly better, all
-        of it (WiSE-FT, Wortsman et al. 2022)."""
-        assert self.head is not None
-        middle = Average(self.model)
-        checkpoint.restore(self.model, self.head_weights)
-        middle.update(self.model, 0.5)
-        self.model.load_state_dict(middle.tensors)
-        valid = self.evaluate()
-        if head_is_better(self.head, valid, self.splits.task, clearly=True):
-            checkpoint.restore(self.model, self.head_weights)
-            return self.head, "solved head"
-        return valid, "half-way"
-
     def save_checkpoint(self) -> bool:
         """Write a checkpoint; whether that worked, as the main process sees it."""
         begin = time.monotonic()
@@ -602,10 +519,6 @@ def without_remainder(order: list[list[int]], batch_size: int) -> list[list[int]
     """The epoch's batches without one of less than half the size: a full step on a few examples is mostly noise, and
     batch statistics of one example do not exist. Which rows are left out changes with the epoch."""
     return [rows for rows in order if 2 * len(rows) >= batch_size] or order
-
-
-def _kept(best: dict[str, Any]) -> str:
-    return f"epoch {best['epoch']}" if best["epoch"] else "solved head"
 
 
 def _split(rows: list[int], parts: int) -> list[list[int]]:

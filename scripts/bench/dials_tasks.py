@@ -33,6 +33,7 @@ from finetune.plan.onecycle import Flat, LinearDecay, OneCycle
 from finetune.plan.rates import param_groups
 from finetune.plan.settings import DEFAULTS
 from finetune.plan.stages import Plan, Stage, gradual_unfreezing
+from finetune.train.keeping import keep_best
 from finetune.train.selection import clearly_better, head_is_better
 from finetune.train.trainer import Trainer
 
@@ -92,7 +93,7 @@ def averaged(method: Callable[..., Any], *, back: bool) -> Callable[..., Any]:
 
 
 def call(arm: str, dials: Mapping[str, Any], kind: str, groups: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of `fit` for an arm, and what stands in place of the trainer's own methods.
+    """Options of `fit` for an arm, and what stands in place of the trainer's own methods and functions.
 
     Args:
         arm: A name.
@@ -126,7 +127,7 @@ def call(arm: str, dials: Mapping[str, Any], kind: str, groups: int) -> tuple[di
         rates = {} if free else {"lr": 1.0, "span": 1.0}
         if free:
             own |= {"remember_epoch": averaged(Trainer.remember_epoch, back=True)}
-            own |= {"keep_best": averaged(Trainer.keep_best, back=False)}
+            own |= {"keep_best": averaged(keep_best, back=False)}
         return {"plan": plan, "settings": {"solve_head": True, "ema": False, **rates}}, own
     plain = {"solve_head": False, "ema": False, "patience": 0, "freeze_batchnorm": False, "span": 1.0}
     if arm.startswith("hf"):  # TrainingArguments as they are
@@ -227,10 +228,11 @@ class Worker:
                 for saving in ("save_pretrained", "save_adapter", "write_card"):
                     stack.enter_context(patch.object(finetune.fitting, saving))
                 for name, method in own.items():
-                    stack.enter_context(patch.object(Trainer, name, method))
+                    of = Trainer if hasattr(Trainer, name) else finetune.train.trainer
+                    stack.enter_context(patch.object(of, name, method))
                 if arm in ("grid", "no fallback"):
-                    stack.enter_context(patch.object(finetune.train.trainer, "head_is_better", noted))
-                    stack.enter_context(patch.object(finetune.train.trainer, "clearly_better", trained_and_better))
+                    stack.enter_context(patch.object(finetune.train.keeping, "head_is_better", noted))
+                    stack.enter_context(patch.object(finetune.train.keeping, "clearly_better", trained_and_better))
                 run = finetune.fit(
                     self.splits, self.load(), out=out, seed=self.seed, overwrite=True, save_minutes=1e9, **options
                 )
