@@ -126,8 +126,8 @@ def prepare(
     layer, reason = _solvable(linear, why_not, chosen, loss, plan)
     if layer is None:
         chosen = chosen.changed(reason, by="rule", solve_head=False)
-    elif plan is None:
-        chosen = from_solved_head(chosen, splits.task.modality, len(splits.train))
+    else:
+        chosen = from_solved_head(chosen, splits.task.modality, len(splits.train), planned=plan is not None)
     chosen = for_network(
         chosen, splits.task.modality, len(splits.train), width=_head_width(pretrained, groups), groups=len(groups)
     )

@@ -354,16 +354,21 @@ def for_network(settings: Settings, modality: str, rows: int, *, width: int, gro
     return settings
 
 
-def from_solved_head(settings: Settings, modality: str, rows: int) -> Settings:
-    """The settings for a run that begins with a solved head; what the user gave stays."""
+def from_solved_head(settings: Settings, modality: str, rows: int, *, planned: bool = False) -> Settings:
+    """The settings for a run that begins with a solved head; what the user gave stays. With stages of the user's own
+    (`planned`), only the span of the rates follows from the head."""
 
     def free(name: str) -> bool:
         return settings.reasons[name][1] != "user"
 
     for name, by_modality in SOLVED.items():
+        if planned and name != "span":
+            continue
         if free(name) and (free("lr") or name == "unfreezing"):
             value, reason = by_modality[modality]
             settings = settings.changed(reason, by="rule", **{name: value})
+    if planned:
+        return settings
     if free("epochs"):
         if free("cycles") and rows < PATIENT_ROWS and not settings.doublings:
             reason = f"{rows} rows: twice from the solved head; the average of both ends is steadier than either"
