@@ -252,6 +252,6 @@ def into_head(
     if settings.balance:
         fold_shares(layer, balance.log_share_C)
         valid = evened(valid, splits.task, balance.log_share_C)
-    if settings.balance or balance.ratio >= UNEVEN:
+    if settings.balance or (balance.ratio >= UNEVEN and layer.bias is not None):  # what the user could ask for
         say(balance.line(applied=settings.balance))
     return valid, degrees, balance

@@ -15,7 +15,7 @@ from finetune.data.splits import Splits
 from finetune.data.task import default_loss
 from finetune.errors import PlanError
 from finetune.model.backbones import load_backbone
-from finetune.model.convex import linear_head_name
+from finetune.model.convex import LinearHead, linear_head
 from finetune.model.groups import LayerGroups, layer_groups
 from finetune.model.heads import Head
 from finetune.model.lora import Adapter, adapters
@@ -23,7 +23,15 @@ from finetune.model.outputs import scaled_loss, target_scale
 from finetune.model.pretrained import Pretrained
 from finetune.plan.probes import epochs_in, seconds_per_step
 from finetune.plan.rates import geometric_rates
-from finetune.plan.settings import OPTIONS, Settings, choose_settings, for_network, from_solved_head, open_ended
+from finetune.plan.settings import (
+    OPTIONS,
+    PATIENT_ROWS,
+    Settings,
+    choose_settings,
+    for_network,
+    from_solved_head,
+    open_ended,
+)
 from finetune.plan.stages import Plan, ResolvedPlan
 from finetune.train.evaluate import Loss
 from finetune.train.processes import Processes, native_precision
@@ -112,7 +120,8 @@ def prepare(
     )
     processes = replace(processes, precision=chosen.precision)
     sample = _sample(pretrained, splits)
-    linear, why_not = linear_head_name(pretrained, groups, sample)
+    found = linear_head(pretrained, groups, sample)
+    linear = found.name
     if chosen.balance and (
         linear is None
         or loss is not None
@@ -121,13 +130,13 @@ def prepare(
     ):
         raise PlanError(
             "balance=True: is folded into the bias of a new linear head for one class out of several, with the task's "
-            f"own loss; {why_not or 'this run has no such head'}; leave it out"
+            f"own loss; {found.why_not or 'this run has no such head'}; leave it out"
         )
-    layer, reason = _solvable(linear, why_not, chosen, loss, plan)
+    layer, reason = _solvable(found, chosen, loss, plan, len(splits.train))
     if layer is None:
         chosen = chosen.changed(reason, by="rule", solve_head=False)
-    elif plan is None:
-        chosen = from_solved_head(chosen, splits.task.modality, len(splits.train))
+    else:
+        chosen = from_solved_head(chosen, splits.task.modality, len(splits.train), planned=plan is not None)
     chosen = for_network(
         chosen, splits.task.modality, len(splits.train), width=_head_width(pretrained, groups), groups=len(groups)
     )
@@ -202,7 +211,7 @@ def _labelled(label: str, lines: list[str]) -> list[str]:
 
 
 def _solvable(
-    linear: str | None, why_not: str, settings: Settings, loss: Loss | None, plan: Plan | None
+    found: LinearHead, settings: Settings, loss: Loss | None, plan: Plan | None, rows: int
 ) -> tuple[str | None, str]:
     """The linear layer whose optimum training starts from, or None and why it does not."""
     asked = settings.reasons["solve_head"][1] == "user"
@@ -212,7 +221,9 @@ def _solvable(
         return None, "a loss of one's own is trained by gradients"
     if not asked and (plan is not None or settings.reasons["head_epochs"][1] == "user"):
         return None, "the user gives the head a stage of its own"
-    return linear, why_not
+    if not asked and found.of_tokens and rows < PATIENT_ROWS:
+        return None, f"{rows} rows: of so few, the optimum on one token's features is no better a start"
+    return found.name, found.why_not
 
 
 def _head_width(pretrained: Pretrained, groups: LayerGroups) -> int:

@@ -161,6 +161,17 @@ def test_a_solved_head_is_what_training_begins_with(run: Run) -> None:
     assert run.history[0]["valid"]["accuracy"] > 0.5 and steps[0]["loss"] < 0.5 < np.log(3)  # a fresh one: log 3
 
 
+def test_a_solved_head_may_be_asked_for_with_a_plan_of_ones_own(
+    square_splits: Splits, resnet: Path, tmp_path: Path
+) -> None:
+    plan = finetune.Plan(finetune.Stage(0, steps=2))
+    run = finetune.fit(square_splits, resnet, out=tmp_path / "run", plan=plan, settings={"solve_head": True})
+    assert run.record["settings"]["span"]["value"] == 2.0 and run.record["seconds"]["head"] > 0
+    (stage,) = run.record["stages"]
+    assert stage["steps"] == 2
+    assert stage["peak_rates"][-1] / stage["peak_rates"][0] == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

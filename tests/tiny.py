@@ -12,6 +12,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    LlamaConfig,
+    LlamaModel,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -91,6 +93,24 @@ def bert_folder(folder: Path, labels: list[str] | None = None) -> Path:
     else:
         named = dict(enumerate(labels))
         BertForSequenceClassification(bert_config(id2label=named)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def llama_folder(folder: Path) -> Path:
+    """A transformers decoder, which answers a sentence at its last token, from a head without a bias."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    LlamaModel(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -37,11 +37,21 @@ LOOSE, TIGHT = (1e-5, 1e-4, 100), (1e-10, 1e-6, 500)  # of L-BFGS: change of the
 Loss = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # logits, targets -> loss [N], mean [N, C]
 
 
-def linear_head_name(pretrained: Pretrained, groups: LayerGroups, inputs: dict[str, Tensor]) -> tuple[str | None, str]:
-    """Name of the linear layer that is the whole head, and ""; or None and why there is no such layer.
+class LinearHead(NamedTuple):
+    """The linear layer that is the whole head: its name, or None and why there is no such layer; and whether it answers
+    each token of a row, of which the model takes one (a decoder)."""
+
+    name: str | None
+    why_not: str
+    of_tokens: bool = False
+
+
+def linear_head(pretrained: Pretrained, groups: LayerGroups, inputs: dict[str, Tensor]) -> LinearHead:
+    """Find the linear layer that is the whole head.
 
     The head is one layer where its group holds the weight (and bias) of one `nn.Linear` and nothing else, all of it is
-    new, and what the model answers in evaluation mode is what that layer answers, in one call.
+    new, and what the model answers in evaluation mode is what that layer answers, in one call: all of it, or, of one
+    answer for each token, the one at some position of each row (a decoder's last token).
 
     Args:
         pretrained: The model; its training flags are left as they were.
@@ -56,28 +66,27 @@ def linear_head_name(pretrained: Pretrained, groups: LayerGroups, inputs: dict[s
         if _is_plain(module) and {names[id(parameter)] for parameter in module.parameters()} == head
     ]
     if len(found) != 1:
-        return None, "the head is not one linear layer"
+        return LinearHead(None, "the head is not one linear layer")
     if not head <= pretrained.new_parameters:
-        return None, "the head is the checkpoint's own, not a new one"
+        return LinearHead(None, "the head is the checkpoint's own, not a new one")
     [(name, layer)] = found
-    answers: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _layer, _inputs, answer: answers.append(answer))
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), capture_calls(layer) as calls:
             output = pretrained.forward({key: tensor.to(layer.weight.device) for key, tensor in inputs.items()})
     finally:
-        hook.remove()
         for module, flag in training:
             module.training = flag
     if not isinstance(output, Tensor):
-        return None, "the model's output is not one tensor"
-    if len(answers) != 1:
-        return None, f"the head's linear layer runs {len(answers)} times in a forward pass"
-    if not torch.equal(answers[0], output):
-        return None, "the model's output is not that of the head's linear layer, but computed from it"
-    return name, ""
+        return LinearHead(None, "the model's output is not one tensor")
+    if len(calls) != 1:
+        return LinearHead(None, f"the head's linear layer runs {len(calls)} times in a forward pass")
+    [(_, answer)] = calls
+    of_tokens = positions(answer, output) is not None
+    if not of_tokens and not torch.equal(answer, output):
+        return LinearHead(None, "the model's output is not that of the head's linear layer, but computed from it")
+    return LinearHead(name, "", of_tokens)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -87,19 +96,50 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 @contextmanager
-def capture_inputs(layer: nn.Linear) -> Iterator[list[Tensor]]:
-    """Collect what enters `layer`, [..., F], at each call: float32, on the CPU, without gradients."""
-    seen: list[Tensor] = []
+def capture_calls(layer: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect what enters `layer`, [..., F], and what it answers, [..., C], at each call, without gradients."""
+    seen: list[tuple[Tensor, Tensor]] = []
 
-    def keep(_layer: nn.Module, args: tuple[Any, ...]) -> None:
-        # A copy: the first token of [B, T, F] is a view, which would keep all tokens alive.
-        seen.append(args[0].detach().to("cpu", torch.float32, copy=True))
+    def keep(_layer: nn.Module, args: tuple[Any, ...], answer: Tensor) -> None:
+        seen.append((args[0].detach(), answer.detach()))
 
-    hook = layer.register_forward_pre_hook(keep)
+    hook = layer.register_forward_hook(keep)
     try:
         yield seen
     finally:
         hook.remove()
+
+
+def positions(answers: Tensor, output: Tensor) -> Tensor | None:
+    """Position [B] in each row of answers [B, T, C] at which the model took its output [B, C]; None where it did
+    not."""
+    if answers.ndim != 3 or output.shape != answers[:, 0].shape:
+        return None
+    same_BT = (answers.to(output.dtype) == output[:, None]).all(dim=-1)
+    return same_BT.int().argmax(dim=1) if bool(same_BT.any(dim=1).all()) else None
+
+
+def features_of(call: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
+    """What entered the head for the output that the model gave, of a call of `capture_calls`: float32, on the CPU.
+
+    Args:
+        call: Features [B, ..., F] and answers [B, ..., C] of the head.
+        output: [B, C], or [B, T, C] for tokens.
+
+    Raises:
+        BackboneError: It is not one of the answers.
+    """
+    features, answers = call
+    if answers.shape != output.shape:
+        where_B = positions(answers, output)
+        if where_B is None:
+            raise BackboneError(
+                "the model's output is not an answer of its head for every row, so the head cannot be solved for; "
+                'give settings={"solve_head": False}'
+            )
+        features = features[torch.arange(len(where_B), device=features.device), where_B]
+    # A copy: the first token of [B, T, F] is a view, which would keep all tokens alive.
+    return features.to("cpu", torch.float32, copy=True)
 
 
 @dataclass(frozen=True)

@@ -343,27 +343,32 @@ def for_network(settings: Settings, modality: str, rows: int, *, width: int, gro
     if settings.reasons["lr"][1] == "user":
         return settings
     if modality == "text" or settings.solve_head:
-        rate = min(HIGHEST_RATE, RATE_BY_SHAPE / (width * groups))
-        reason = f"{groups} layer groups, {width} wide: {RATE_BY_SHAPE:g} / (width x groups), {HIGHEST_RATE:g} at most"
+        rate, formula = RATE_BY_SHAPE / (width * groups), f"{RATE_BY_SHAPE:g} / (width x groups)"
         if modality == "text" and (rows >= PATIENT_ROWS or settings.lora > 0):
-            rate, reason = LONGER * rate, f"{reason}; {LONGER:g} of it in a long run"
-        settings = settings.changed(reason, by="rule", lr=rate)
+            rate, formula = LONGER * rate, f"{LONGER:g} x {formula} in a long run"
+        reason = f"{groups} layer groups, {width} wide: {formula}, {HIGHEST_RATE:g} at most"
+        settings = settings.changed(reason, by="rule", lr=min(HIGHEST_RATE, rate))
     if settings.lora > 0:
         reason = f"adapters bear {LORA_RATE:g} times the rate of all weights, which is {settings.lr:.2g} here"
         settings = settings.changed(reason, by="rule", lr=LORA_RATE * settings.lr)
     return settings
 
 
-def from_solved_head(settings: Settings, modality: str, rows: int) -> Settings:
-    """The settings for a run that begins with a solved head; what the user gave stays."""
+def from_solved_head(settings: Settings, modality: str, rows: int, *, planned: bool = False) -> Settings:
+    """The settings for a run that begins with a solved head; what the user gave stays. With stages of the user's own
+    (`planned`), only the span of the rates follows from the head."""
 
     def free(name: str) -> bool:
         return settings.reasons[name][1] != "user"
 
     for name, by_modality in SOLVED.items():
+        if planned and name != "span":
+            continue
         if free(name) and (free("lr") or name == "unfreezing"):
             value, reason = by_modality[modality]
             settings = settings.changed(reason, by="rule", **{name: value})
+    if planned:
+        return settings
     if free("epochs"):
         if free("cycles") and rows < PATIENT_ROWS and not settings.doublings:
             reason = f"{rows} rows: twice from the solved head; the average of both ends is steadier than either"

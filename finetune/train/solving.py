@@ -13,7 +13,7 @@ from torch import nn
 
 from finetune.data.loaders import make_loader
 from finetune.data.task import IGNORED, Task
-from finetune.model.convex import SolvedHead, capture_inputs, set_head, solve_head
+from finetune.model.convex import SolvedHead, capture_calls, features_of, set_head, solve_head
 from finetune.model.outputs import target_scale
 from finetune.model.pretrained import Pretrained
 from finetune.train.evaluate import ordered_batches
@@ -37,7 +37,7 @@ def solve(
 
     Args:
         pretrained: Its model gets the head, on every process.
-        layer_name: The linear layer, from `linear_head_name`.
+        layer_name: The linear layer, from `linear_head`.
         data: Training rows.
         task: The task; its own loss is what is minimised.
         processes: Each runs its share of the rows.
@@ -49,15 +49,15 @@ def solve(
     batches, counted = processes.shares(ordered_batches(len(data), BATCH, lengths))
     pretrained.model.eval()
     found: list[tuple[int, np.ndarray, np.ndarray]] = []
-    with torch.no_grad(), capture_inputs(layer) as captured:
+    with torch.no_grad(), capture_calls(layer) as calls:
         for number, batch in enumerate(make_loader(data, task, pretrained.processor, batches, train=False, **loader)):
             assert batch.targets is not None
             with processes.autocast():
-                pretrained.forward(batch.to(processes.device).inputs)
+                output = pretrained.forward(batch.to(processes.device).inputs)
+            call = calls.pop()
             if number >= counted:
-                captured.clear()
                 continue
-            features, targets = captured.pop().numpy(), batch.targets.numpy()
+            features, targets = features_of(call, output).numpy(), batch.targets.numpy()
             for i, row in enumerate(batch.index.tolist()):
                 if task.kind == "token_classification":
                     labelled = targets[i] != IGNORED
@@ -66,7 +66,7 @@ def solve(
                     found.append((row, features[i : i + 1], targets[i : i + 1]))
     rows = sorted(processes.gather(found), key=lambda row: row[0])
     features_NF, targets = (np.concatenate([row[part] for row in rows]) for part in (1, 2))
-    if task.kind == "regression":
+    if task.kind == "regression" and layer.bias is not None:  # else `outputs.scale_outputs` leaves the layer alone
         mean_K, std_K = target_scale(targets.tolist())
         targets = (targets - mean_K.numpy()) / std_K.numpy()
     # One process solves: the others could differ from it in the last digit.

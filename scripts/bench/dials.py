@@ -12,8 +12,7 @@ prefers it: else most cells of a small set would be the head, and nothing could 
 best validation score (of equal ones the lowest log-loss), *oracle* that with the best test score; sts is scored by
 Spearman's correlation. *fixed* is the cell with the best mean test score on the other sets, *fixed by modality* on
 those of the same modality, *fixed or head* the latter with the fallback.
-Rivals see as many examples as ours, but for "hf, 3 epochs". The probe is the solved head; a decoder's, which cannot be
-solved, is trained alone for 30 epochs.
+Rivals see as many examples as ours, but for "hf, 3 epochs". The probe is the solved head.
 
 A task's score is the mean over its seeds, each with rows of its own: single ones differ by points. A task on which
 *tuned* leads the median of its grid by less than half a point says nothing about the normalised regret, and is left
@@ -213,9 +212,10 @@ def arms(task: Task, of: Iterable[str], ours: list[Entry]) -> list[Cell]:
     skipped += ("3 epochs", "hf, 3 epochs") if chosen["epochs"] == 3 else ()
     skipped += ("no calibration", "classes alike") if task.set == "sts" else ()
     skipped += ("adapters",) if image else ()
-    skipped += () if chosen.get("solve_head", True) else ("classes alike",)  # a decoder's head has no bias
+    skipped += ("classes alike",) if task.backbone == "llama" else ()  # its head has no bias
     dials = dict.fromkeys((*RIVALS[1:], "no solved head", "one cycle"), same)
-    dials["no one-cycle"] = dials["no momentum cycle"] = same | {"cycles": chosen["cycles"]}
+    unsolved = {} if chosen.get("solve_head", True) else {"solve_head": False}
+    dials["no one-cycle"] = dials["no momentum cycle"] = same | {"cycles": chosen["cycles"]} | unsolved
     dials["peak rate of 3e-4"] = {"lr": 3e-4, "span": chosen["span"]}
     return [(arm, dials.get(arm, {})) for arm in of if arm not in skipped]
 

@@ -113,14 +113,12 @@ def call(arm: str, dials: Mapping[str, Any], kind: str, groups: int) -> tuple[di
         plan = gradual_unfreezing(
             groups, dials["epochs"], style=style, head_epochs=0.0, shape=shape, cycles=dials["cycles"]
         )
-        return {"plan": plan, "settings": {"solve_head": True}}, {}
+        return {"plan": plan, "settings": {"solve_head": dials.get("solve_head", True)}}, {}
     if arm in ABLATIONS:
         return {"settings": settings | ABLATIONS[arm]}, {}
     if arm == "probe":
         plan = Plan(Stage(open_from=-1, steps=1))  # of next to no rate
         return {"plan": plan, "lr": 1e-12, "settings": {"solve_head": True, "replay": "off", "ema": False}}, {}
-    if arm == "probe by gradients":
-        return {"plan": Plan(Stage(open_from=-1, epochs=30)), "lr": 5e-3, "settings": {"ema": False}}, {}
     if arm in ("prodigy", "schedule-free"):  # from our solved head; they replace rate or schedule
         free, own = arm == "schedule-free", {"new_optimizer": optimizer(arm, 0.01)}
         plan = Plan(Stage(open_from=first, epochs=epochs, shape=Flat() if free else COSINE))
@@ -240,8 +238,6 @@ class Worker:
             return {"error": f"{type(error).__name__}: {error}"[:300]}
         record = run.record
         settings = {name: entry["value"] for name, entry in record["settings"].items()}
-        if arm == "probe" and not settings["solve_head"]:  # a head that has no optimum to solve for
-            return self.run("probe by gradients", dials)
         return {
             **{part: figures(record["metrics"][part]) for part in ("valid", "test")},
             "cpu_seconds": round(time.process_time() - begin, 2),

@@ -16,7 +16,15 @@ from finetune.data.task import Task
 from finetune.errors import BackboneError
 from finetune.model import convex
 from finetune.model.backbones import load_backbone
-from finetune.model.convex import SolvedHead, capture_inputs, linear_head_name, set_head, solve_head
+from finetune.model.convex import (
+    SolvedHead,
+    capture_calls,
+    features_of,
+    linear_head,
+    positions,
+    set_head,
+    solve_head,
+)
 from finetune.model.groups import layer_groups
 from finetune.model.outputs import scale_outputs
 from finetune.model.pretrained import Preprocessing, Pretrained
@@ -277,19 +285,37 @@ def test_the_layer_answers_what_was_solved() -> None:
 def test_what_enters_a_layer_is_kept_alone() -> None:
     layer, other = nn.Linear(6, 2).double(), nn.Linear(6, 2).double()
     tokens_BTF = torch.randn(3, 50, 6, dtype=torch.float64, requires_grad=True)
-    with capture_inputs(layer) as seen:
+    with capture_calls(layer) as calls:
         layer(tokens_BTF[:, 0])
         other(tokens_BTF[:, 1])
-        layer(tokens_BTF[:, 2])
+        answer = layer(tokens_BTF[:, 2])
     layer(tokens_BTF[:, 3])
-    assert len(seen) == 2
-    torch.testing.assert_close(seen[1], tokens_BTF[:, 2].float().detach())
-    assert seen[0].dtype == torch.float32 and not seen[0].requires_grad
+    assert len(calls) == 2
+    features = features_of(calls[1], answer)
+    torch.testing.assert_close(features, tokens_BTF[:, 2].float().detach())
+    assert features.dtype == torch.float32 and not features.requires_grad
     single = tokens_BTF.detach().float()
     layer.float()
-    with capture_inputs(layer) as seen:
-        layer(single[:, 0])
-    assert seen[0].untyped_storage().nbytes() == 3 * 6 * 4  # not the whole of the tokens
+    with capture_calls(layer) as calls:
+        answer = layer(single[:, 0])
+    assert features_of(calls[0], answer).untyped_storage().nbytes() == 3 * 6 * 4  # not the whole of the tokens
+
+
+def test_of_answers_for_every_token_those_of_the_output_count() -> None:
+    layer, tokens_BTF = nn.Linear(6, 3, bias=False), torch.randn(4, 9, 6)
+    last_B = torch.tensor([8, 2, 0, 5])
+    with capture_calls(layer) as calls:
+        answers_BTC = layer(tokens_BTF)
+    rows_B = torch.arange(4)
+    output_BC = answers_BTC[rows_B, last_B]
+    assert positions(answers_BTC, output_BC).tolist() == last_B.tolist()
+    torch.testing.assert_close(features_of(calls[0], output_BC), tokens_BTF[rows_B, last_B])
+    assert positions(answers_BTC, output_BC.bfloat16()).tolist() == last_B.tolist(), "as mixed precision hands it out"
+    assert positions(answers_BTC, answers_BTC.mean(dim=1)) is None
+    assert positions(answers_BTC, answers_BTC) is None and positions(output_BC, output_BC) is None
+    torch.testing.assert_close(features_of(calls[0], answers_BTC), tokens_BTF)
+    with pytest.raises(BackboneError, match="solve_head"):
+        features_of(calls[0], answers_BTC.mean(dim=1))
 
 
 IMAGES = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
@@ -298,7 +324,7 @@ TEXTS["attention_mask"] = torch.ones_like(TEXTS["input_ids"])
 
 
 def named(pretrained: Pretrained, inputs: dict[str, Tensor]) -> tuple[str | None, str]:
-    return linear_head_name(pretrained, layer_groups(pretrained), inputs)
+    return linear_head(pretrained, layer_groups(pretrained), inputs)[:2]
 
 
 def test_timm(resnet: Path, tmp_path: Path) -> None:
@@ -408,10 +434,11 @@ def test_a_regression_is_solved_in_units_of_its_deviation() -> None:
     assert name == "head"
     layer = loaded.model.get_submodule(name)
     images = {"pixel_values": torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
-    with torch.no_grad(), capture_inputs(layer) as seen:
-        loaded.forward(images)
-    y_NK = standardised(seen[0].numpy() @ np.arange(1.0, 7.0)[:, None])
-    set_head(layer, solve_head(seen[0].numpy(), y_NK, task(1, "regression")))
+    with torch.no_grad(), capture_calls(layer) as calls:
+        output = loaded.forward(images)
+    features_NF = features_of(calls[0], output).numpy()
+    y_NK = standardised(features_NF @ np.arange(1.0, 7.0)[:, None])
+    set_head(layer, solve_head(features_NF, y_NK, task(1, "regression")))
     fold()
     with torch.no_grad():
         np.testing.assert_allclose(loaded.forward(images).numpy(), 250 + 40 * y_NK, atol=2)

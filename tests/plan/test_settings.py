@@ -202,6 +202,15 @@ def test_few_rows_are_trained_on_twice() -> None:
     assert (adapters.cycles, adapters.epochs) == (1, 10) and adapters.lr == pytest.approx(10 * 0.3 * 3 / 384 / 8)
 
 
+def test_a_plan_of_the_users_own_takes_its_span_from_the_solved_head_and_nothing_else() -> None:
+    plain = choose_settings("image", 200, given={"solve_head": True})
+    solved = from_solved_head(plain, "image", 200, planned=True)
+    assert (plain.span, solved.span) == (100.0, 2.0)
+    assert {dial for dial in DIALS if solved.table()[dial] != plain.table()[dial]} == {"span"}
+    given = choose_settings("image", 200, given={"span": 7.0})
+    assert from_solved_head(given, "image", 200, planned=True) == given
+
+
 @pytest.mark.parametrize(("rows", "doublings"), [(200, 0), (699, 0), (700, 2), (1_300, 2), (2_600, 1), (2_700, 0)])
 def test_runs_of_middling_size_may_go_on(rows: int, doublings: int) -> None:
     """3 epochs of batches of 32, up to 500 steps."""
