@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import finetune
+from finetune import preparing
 from finetune.data.splits import Splits
 from finetune.model.convex import LinearHead, linear_head, solve_head
+from finetune.plan.settings import choose_settings
 from tests.tiny import llama_folder
 
 STILL: dict[str, Any] = {"plan": finetune.Plan(finetune.Stage(-1, steps=1)), "lr": 1e-12}
@@ -58,6 +60,16 @@ def test_its_temperature_is_folded_into_its_head(llama: Path, review_splits: Spl
     for name in weights[0]:
         factor = degrees if name == "score.weight" else 1.0
         assert torch.allclose(weights[0][name].double() * factor, weights[1][name].double(), rtol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "name"), [(699, {}, None), (700, {}, "score"), (40, {"solve_head": True}, "score")]
+)
+def test_it_is_solved_where_rows_are_many_or_the_user_asks(rows: int, given: dict[str, Any], name: str | None) -> None:
+    decoder, encoder = LinearHead("score", "", of_tokens=True), LinearHead("classifier", "")
+    chosen = choose_settings("text", rows, given=given)
+    assert preparing._solvable(decoder, chosen, None, None, rows)[0] == name
+    assert preparing._solvable(encoder, chosen, None, None, rows) == ("classifier", "")
 
 
 def test_classes_cannot_be_weighed_alike_without_a_bias(llama: Path, review_splits: Splits, tmp_path: Path) -> None:
