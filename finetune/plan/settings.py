@@ -345,10 +345,13 @@ def for_network(settings: Settings, modality: str, rows: int, *, width: int, gro
         return settings
     if modality == "text" or settings.solve_head:
         rate, formula = RATE_BY_SHAPE / (width * groups), f"{RATE_BY_SHAPE:g} / (width x groups)"
-        if modality == "text" and (rows >= PATIENT_ROWS or settings.lora > 0):
+        adapted = modality == "text" and settings.lora > 0
+        if modality == "text" and rows >= PATIENT_ROWS and not adapted:
             rate, formula = LONGER * rate, f"{LONGER:g} x {formula} in a long run"
+        rate = min(HIGHEST_RATE, rate) * (LONGER if adapted else 1.0)
         reason = f"{groups} layer groups, {width} wide: {formula}, {HIGHEST_RATE:g} at most"
-        settings = settings.changed(reason, by="rule", lr=min(HIGHEST_RATE, rate))
+        reason += f"; {LONGER:g} of it, as in a long run" if adapted else ""
+        settings = settings.changed(reason, by="rule", lr=rate)
     if settings.lora > 0:
         reason = f"adapters bear {LORA_RATE:g} times the rate of all weights, which is {settings.lr:.2g} here"
         settings = settings.changed(reason, by="rule", lr=LORA_RATE * settings.lr)

@@ -138,7 +138,8 @@ def test_logits_and_label_names(pushed: dict[str, Case], loaded: dict[tuple[str,
         if "pipe" in how or "program" in how:
             continue
         case = pushed[name]
-        torch.testing.assert_close(torch.tensor(got["logits"]), case.logits, atol=1e-5, rtol=0, msg=f"{name}: {how}")
+        # Sums of another process are rounded otherwise: 1.8e-5 of 3.6 has been seen.
+        torch.testing.assert_close(torch.tensor(got["logits"]), case.logits, atol=1e-5, rtol=1e-5, msg=f"{name}: {how}")
         assert got["labels"] == list(case.task.labels), name
         compared += 1
     assert compared >= len(FAMILIES) + 12
