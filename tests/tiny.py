@@ -23,6 +23,12 @@ from transformers import (
 WORDS = "the a good bad film was not very dull bright story of and paris visited marie in ##s ##ed ##er ##ing".split()
 
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+}  # fmt: skip
+TEXT_SIZES: dict[str, Any] = {**SIZES, "vocab_size": 96, "max_position_embeddings": 64}
+
+
 def timm_folder(
     folder: Path,
     architecture: str,
@@ -74,15 +80,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def bert_config(**options: Any) -> BertConfig:
-    return BertConfig(
-        vocab_size=96,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        **options,
-    )
+    return BertConfig(**TEXT_SIZES, **options)
 
 
 def bert_folder(folder: Path, labels: list[str] | None = None) -> Path:
@@ -100,17 +98,7 @@ def bert_folder(folder: Path, labels: list[str] | None = None) -> Path:
 def llama_folder(folder: Path) -> Path:
     """A transformers decoder, which answers a sentence at its last token, from a head without a bias."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    LlamaModel(config).save_pretrained(folder)
+    LlamaModel(LlamaConfig(**TEXT_SIZES, num_key_value_heads=2, pad_token_id=0)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -118,15 +106,7 @@ def llama_folder(folder: Path) -> Path:
 def vit_folder(folder: Path, num_labels: int = 4) -> Path:
     """A transformers vision model with its image processor."""
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        image_size=32,
-        patch_size=8,
-        num_labels=num_labels,
-    )
+    config = ViTConfig(**SIZES, image_size=32, patch_size=8, num_labels=num_labels)
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(
         size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25]

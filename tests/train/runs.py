@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import finetune
 from finetune.data.splits import Splits
 from finetune.data.task import default_loss
 from finetune.model.backbones import load_backbone
@@ -86,6 +88,20 @@ def differences(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tenso
     """Names of the tensors that are not equal bit for bit."""
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def cool_and_plain(splits: Splits, backbone: Path, folder: Path, head: str) -> tuple[finetune.Run, finetune.Run]:
+    """A run whose temperature is in its head, a layer of this name, and nowhere else, and the same run without one."""
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 8}
+    cool = finetune.fit(splits, backbone, out=folder / "cool", **options)
+    plain = finetune.fit(splits, backbone, out=folder / "plain", settings={"calibrate": False}, **options)
+    weights = [load_file(run.folder / "model" / "model.safetensors") for run in (cool, plain)]
+    degrees = cool.record["calibration"]["temperature"]
+    assert degrees != 1.0 and plain.record["calibration"]["temperature"] == 1.0
+    for name in weights[0]:
+        factor = degrees if name.startswith(f"{head}.") else 1.0
+        assert torch.allclose(weights[0][name].double() * factor, weights[1][name].double(), rtol=1e-5), name
+    return cool, plain
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:

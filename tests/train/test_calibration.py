@@ -2,18 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-import finetune
 from finetune.data.splits import Splits
 from finetune.data.task import Task
 from finetune.train.calibration import applies, cooled, fold, reliability, temperature
 from finetune.train.evaluate import Evaluation
+from tests.train.runs import cool_and_plain
 
 TASK = Task("single_label_classification", "image", ("a", "b", "c"))
 
@@ -63,15 +61,7 @@ def test_what_has_no_temperature() -> None:
 
 
 def test_in_a_run(square_splits: Splits, resnet: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"epochs": 2, "batch_size": 8}
-    cool = finetune.fit(square_splits, resnet, out=tmp_path / "cool", **options)
-    plain = finetune.fit(square_splits, resnet, out=tmp_path / "plain", settings={"calibrate": False}, **options)
-    weights = [load_file(run.folder / "model" / "model.safetensors") for run in (cool, plain)]
-    degrees = cool.record["calibration"]["temperature"]
-    assert degrees != 1.0 and plain.record["calibration"]["temperature"] == 1.0
-    for name in weights[0]:
-        factor = degrees if name.startswith("fc.") else 1.0
-        assert torch.allclose(weights[0][name].double() * factor, weights[1][name].double(), rtol=1e-5), name
+    cool, plain = cool_and_plain(square_splits, resnet, tmp_path, "fc")
     kept = json.loads((tmp_path / "cool" / "run.json").read_text())["calibration"]
     before, after = kept["valid"]["before"], kept["valid"]["after"]
     assert after["log_loss"] == pytest.approx(cool.metrics["valid"]["log_loss"], rel=1e-5)
